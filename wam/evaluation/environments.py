@@ -1,0 +1,105 @@
+"""What a closed-loop evaluation needs from a simulator, and the one place where environments are made by name.
+
+An environment is driven in stretches of control steps, because a policy plans stretches; it hands back every state and reward, and the
+frames at the model's own stride.  An episode ends at its first success or after `max_steps`; the rest of a stretch is not executed.
+
+    actions   a0  a1  a2  a3  a4  a5 ...      one per control step
+    states        s1  s2  s3  s4  s5 ...      after each step
+    frames            f1      f2     ...      after every `frame_stride`-th step of the stretch
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Frames = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees before its first action."""
+
+    frames: Frames  # (1, H, W, 3), upright
+    state: Floats  # (Ds,)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a stretch of m actions, of which the first `n <= m` were executed."""
+
+    frames: Frames  # (n // frame_stride, H, W, 3)
+    states: Floats  # (n, Ds)
+    rewards: Floats  # (n,)
+    success: npt.NDArray[np.bool_]  # (n,); only the last can be true
+    done: bool  # the episode is over: it succeeded, or its steps are used up
+
+
+class Environment(Protocol):
+    """One robot in one simulated world."""
+
+    state_dim: int
+    action_dim: int
+    action_low: Floats  # (Da,)
+    action_high: Floats  # (Da,)
+    control_hz: int
+    image_size: int
+    instruction: str
+    max_steps: int
+
+    def reset(self, seed: int) -> Observation:
+        """Start an episode; the seed alone decides its initial state."""
+        ...
+
+    def run(self, actions: npt.NDArray[Any], frame_stride: int) -> StepResult:
+        """Execute actions (m, Da) until they or the episode end."""
+        ...
+
+    def render(self) -> Frames:
+        """The current image, (H, W, 3), upright."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the environment holds."""
+        ...
+
+
+def make_env(name: str, **settings: Any) -> Environment:
+    """Make an environment from `<suite>/<task>`, e.g. `metaworld/drawer-open-v3`.
+
+    Args:
+        name: suite and task.
+        settings: the environment's own arguments, e.g. `camera`, `image_size`, `max_steps`.
+
+    Raises:
+        ValueError: no such suite or task; names the nearest.
+        ImportError: the simulator is not installed; names the extra to install.
+        RenderError: the machine cannot render offscreen.
+    """
+    suite, _, task = name.partition("/")
+    if suite not in SUITES:
+        raise ValueError(f"environment {name!r} names no known suite{_nearest(suite, SUITES)}; suites: {', '.join(SUITES)}; write <suite>/<task>, e.g. metaworld/drawer-open-v3")
+    return SUITES[suite](task, settings)
+
+
+def _make_metaworld(task: str, settings: dict[str, Any]) -> Environment:
+    if importlib.util.find_spec("metaworld") is None:
+        raise ImportError("Meta-World is not installed; pip install 'wam[sim]'")
+    from wam.evaluation.metaworld import MetaWorldEnv
+
+    return MetaWorldEnv(task, **settings)
+
+
+SUITES: dict[str, Callable[[str, dict[str, Any]], Environment]] = {"metaworld": _make_metaworld}
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

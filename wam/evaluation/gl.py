@@ -1,0 +1,69 @@
+"""Which OpenGL MuJoCo renders with, decided by trying.
+
+MuJoCo reads MUJOCO_GL once, when it is imported, and its default opens a window: on a server that fails late and obscurely.  So the
+choice is made first, by a short subprocess that really draws a sphere: the user's MUJOCO_GL if set, else EGL, else OSMesa.  The answer
+is written to the environment, where MuJoCo, and every worker process started afterwards, finds it without asking again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+
+_PROBE = """
+import mujoco
+model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><light pos="0 0 3"/><geom size=".5" rgba="1 0 0 1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 16, 16)
+renderer.update_scene(data)
+assert renderer.render().max() > 0, "the image is black"
+print("drawn")
+"""
+REMEDY = "install Mesa's software renderer: `apt-get install libegl1 libgl1-mesa-dri` (EGL) or `apt-get install libosmesa6` (OSMesa)"
+
+
+class RenderError(RuntimeError):
+    """No way to render offscreen on this machine; the message names the packages to install."""
+
+
+@functools.cache
+def use_offscreen_backend() -> str:
+    """Choose MuJoCo's offscreen backend and set it for this process and its children; call before `import mujoco`.
+
+    Returns:
+        The value of MUJOCO_GL: the user's own if set, else "egl" or "osmesa", the first that draws; on macOS and Windows MuJoCo's own default ("").
+
+    Raises:
+        RenderError: neither draws, or MuJoCo was imported before, with another backend.
+    """
+    chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if chosen or platform.system() != "Linux":
+        return chosen
+    if "mujoco" in sys.modules:
+        raise RenderError("mujoco was imported before wam chose how to render; import wam.evaluation's environments first, or set MUJOCO_GL=egl")
+    failures = {}
+    for backend in ("egl", "osmesa"):
+        failure = probe(backend)
+        if failure is None:
+            os.environ["MUJOCO_GL"] = backend
+            return backend
+        failures[backend] = failure
+    tried = "; ".join(f"{backend}: {failure}" for backend, failure in failures.items())
+    raise RenderError(f"MuJoCo cannot render offscreen here ({tried}); {REMEDY}, or set MUJOCO_GL yourself")
+
+
+def probe(backend: str, timeout: float = 60.0) -> str | None:
+    """Draw one image with a backend in a subprocess; return None if it worked, else the last line of what went wrong."""
+    environment = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+    try:
+        result = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"no image within {timeout:.0f} s"
+    if "drawn" in result.stdout:  # PyOpenGL may complain while the process ends; the image was drawn all the same
+        return None
+    errors = [line for line in result.stderr.splitlines() if line and not line.startswith(" ")]
+    return next((line for line in errors if "Error" in line), errors[-1] if errors else f"exit code {result.returncode}")
