@@ -1,0 +1,428 @@
+"""`wam`: one command for each thing one does with a world action model.
+
+A command is a row of `COMMANDS`: its name, what it is for, a help text that teaches, its arguments and its handler.  A handler checks
+its settings first and imports what it needs after that, so help and a wrong key answer at once, and a missing extra only stops the
+command that uses it.  Settings come from one place, the typed configs: YAML first, then `section.key=value`; flags such as
+`--episodes` are short names for such overrides.
+
+    argv  ->  argparse  ->  handler(args)  under `run_main`, which turns errors a person can mend into one line and an exit code
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from wam import __version__
+from wam.config import ConfigError, ImagineConfig, RolloutConfig, from_dict, load_config
+
+T = TypeVar("T")
+
+DEFAULT_CONFIG = Path("configs/metaworld_tiny.yaml")
+EXIT_ERROR = 2  # as argparse does for a wrong command line
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+MENDABLE = (ValueError, OSError, RuntimeError, ImportError)  # a person can mend these; anything else is a bug and keeps its traceback
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def run_main(handler: Callable[[], None], debug: bool = False) -> int:
+    """Run a command and return its exit code: 0, 2 after one line that says what went wrong, or 130 after Ctrl-C.
+
+    Args:
+        handler: the command, without arguments.
+        debug: also show the traceback.
+    """
+    try:
+        handler()
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("wam: interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if not (isinstance(error, MENDABLE) or _is_disk_full(error)):
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"wam: error: {_explain(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    return 0
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Python says so by number; libraries that write through other languages only in their text."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def _explain(error: Exception) -> str:
+    """One line for people."""
+    if _is_disk_full(error):
+        return f"disk is full: {getattr(error, 'filename', None) or Path.cwd()}; free some space and run the same command again, finished work is kept"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def _flag_overrides(flags: dict[str, Any]) -> list[str]:
+    """Flags that were given, as overrides (JSON is YAML, so text keeps its quotes)."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
+
+
+def _section(cls: type[T], name: str, overrides: Sequence[str]) -> T:
+    """One section by itself: defaults and `name.key=value`.  The other sections are the checkpoint's and cannot be changed here."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.startswith(f"{name}."):
+            raise ConfigError(f"override {override!r}: this command takes {name}.key=value; everything else comes from the checkpoint")
+        try:
+            tree[key.removeprefix(f"{name}.")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    return from_dict(cls, tree, where=name)
+
+
+def _names(text: str) -> list[str]:
+    """`a,b` to `["a", "b"]`."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected at least one name, e.g. a or a,b")
+    return names
+
+
+def _beside(checkpoint: Path, name: str) -> Path:
+    """Default output: next to the checkpoint, so that results of two checkpoints never mix."""
+    return checkpoint.parent / name
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="PATH", type=Path, default=DEFAULT_CONFIG, help=f"YAML config (default: {DEFAULT_CONFIG})")
+    _add_overrides(parser, "section.key=value", "change a setting, e.g. training.steps=200 timeline.blocks=4")
+
+
+def _add_overrides(parser: argparse.ArgumentParser, shape: str, about: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar=shape, help=about)
+
+
+def _add_output(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--output", metavar="DIR", type=Path, help=about)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="a checkpoint directory written by `wam train`")
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+COLLECT = """\
+Record demonstrations: Meta-World's scripted experts act, the simulator renders, and successful episodes are
+written as a LeRobot v3.0 dataset. What is already recorded is kept: run it again to go on or to add episodes.
+
+examples:
+  wam collect                                        the tasks and sizes of the config
+  wam collect --tasks drawer-open-v3,door-open-v3 --episodes 40 --output data/two_tasks
+  wam collect collect.image_size=96 collect.action_noise=0
+
+writes (in data.root, or --output):
+  meta/, data/, videos/      the dataset: features, episodes and tasks; states and actions; mp4
+"""
+
+
+def _collect_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--tasks", metavar="A,B", type=_names, help="Meta-World tasks (collect.tasks)")
+    parser.add_argument("--episodes", metavar="N", type=int, help="successful episodes of each task (collect.episodes_per_task)")
+    parser.add_argument("--workers", metavar="N", type=int, help="simulators side by side (collect.workers)")
+    _add_output(parser, "dataset directory (data.root)")
+
+
+def _collect(args: argparse.Namespace) -> None:
+    flags = {
+        "collect.tasks": args.tasks,
+        "collect.episodes_per_task": args.episodes,
+        "collect.workers": args.workers,
+        "data.root": args.output and str(args.output),
+    }
+    config = load_config(args.config, [*args.overrides, *_flag_overrides(flags)])
+
+    from wam.evaluation.collect import collect
+
+    collect(config.collect, Path(config.data.root))
+    print(f"wrote {config.data.root}")
+
+
+TRAIN = """\
+Train one model on every mode of the config. If the output directory holds a checkpoint, training goes on from
+it, to the bit; --fresh starts over.
+
+examples:
+  wam train                                          the config's steps, into its output directory
+  wam train --config configs/metaworld_tiny.yaml training.steps=200 --output runs/try
+  wam train training.max_minutes=15 training.learning_rate=5e-4
+  wam train 'training.modes={skip: 1}' --output runs/skip_only --fresh
+
+writes (in output, or --output):
+  config.yaml                the resolved settings
+  checkpoint/                weights, codec, normaliser and settings: all that `wam rollout` needs
+  and the training state and log of the run
+"""
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    _add_output(parser, "run directory (the config's output)")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from a checkpoint in the run directory")
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = load_config(args.config, [*args.overrides, *_flag_overrides({"output": args.output and str(args.output)})])
+
+    from wam.training.loop import train
+
+    checkpoint = train(config, Path(config.output), not args.fresh)
+    print(f"wrote {checkpoint}")
+
+
+ROLLOUT = f"""\
+Drive a robot in a simulator, closed loop, and count successes. Every mode sees the same episodes (the same seeds).
+
+examples:
+  wam rollout --checkpoint runs/demo/train/checkpoint
+  wam rollout --checkpoint runs/demo/train/checkpoint --env metaworld/drawer-open-v3 --mode joint --episodes 50
+  wam rollout --checkpoint runs/demo/train/checkpoint --mode skip,joint --replan 4 --steps 8 rollout.videos=10
+
+writes (beside the checkpoint in rollout-<task>/, or --output):
+  success with counts and intervals, one row an episode, latencies, and mp4 of the first episodes
+
+defaults: env {RolloutConfig().env}, modes {",".join(RolloutConfig().modes)}, {RolloutConfig().episodes} episodes from seed {RolloutConfig().seed}
+"""
+
+
+def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument("--env", metavar="NAME", help="environment, e.g. metaworld/drawer-open-v3 (rollout.env)")
+    parser.add_argument("--mode", metavar="A,B", type=_names, help="ways to get actions from the model; `wam relations` lists them (rollout.modes)")
+    parser.add_argument("--episodes", metavar="N", type=int, help="episodes of each mode (rollout.episodes)")
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of the first episode (rollout.seed)")
+    parser.add_argument("--replan", metavar="N", type=int, help="control steps between plans; default: the whole block (rollout.replan)")
+    parser.add_argument("--steps", metavar="N", type=int, help="solver steps of a plan (rollout.steps)")
+    _add_output(parser, "where results go (default: beside the checkpoint)")
+    _add_overrides(parser, "rollout.key=value", "change a setting, e.g. rollout.batch=10 rollout.videos=0")
+
+
+def _rollout(args: argparse.Namespace) -> None:
+    flags = {
+        "rollout.env": args.env,
+        "rollout.modes": args.mode,
+        "rollout.episodes": args.episodes,
+        "rollout.seed": args.seed,
+        "rollout.replan": args.replan,
+        "rollout.steps": args.steps,
+    }
+    config = _section(RolloutConfig, "rollout", [*args.overrides, *_flag_overrides(flags)])
+    output = args.output or _beside(args.checkpoint, f"rollout-{config.env.rsplit('/', 1)[-1]}")
+
+    from wam.evaluation.rollout import rollout
+
+    rollout(args.checkpoint, config, output)
+    print(f"wrote {output}")
+
+
+IMAGINE = """\
+Let the model imagine video from one frame of held-out episodes, given the actions that followed, and compare it
+with what happened.
+
+examples:
+  wam imagine --checkpoint runs/demo/train/checkpoint
+  wam imagine --checkpoint runs/demo/train/checkpoint --clips 4 --blocks 8 --output runs/demo/long
+  wam imagine --checkpoint runs/demo/train/checkpoint --dataset data/metaworld imagine.seed=1
+
+writes (beside the checkpoint in imagine/, or --output):
+  video of imagined next to real, and the error of each block
+"""
+
+
+def _imagine_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument("--dataset", metavar="DIR", help="LeRobot dataset (default: the one the checkpoint was trained on)")
+    parser.add_argument("--clips", metavar="N", type=int, help="clips (imagine.clips)")
+    parser.add_argument("--blocks", metavar="N", type=int, help="blocks imagined one after another (imagine.blocks)")
+    parser.add_argument("--steps", metavar="N", type=int, help="solver steps of a block (imagine.steps)")
+    _add_output(parser, "where results go (default: beside the checkpoint)")
+    _add_overrides(parser, "imagine.key=value", "change a setting, e.g. imagine.seed=1")
+
+
+def _imagine(args: argparse.Namespace) -> None:
+    flags = {"imagine.clips": args.clips, "imagine.blocks": args.blocks, "imagine.steps": args.steps}
+    config = _section(ImagineConfig, "imagine", [*args.overrides, *_flag_overrides(flags)])
+    output = args.output or _beside(args.checkpoint, "imagine")
+
+    from wam.evaluation.imagination import imagine
+
+    imagine(args.checkpoint, config, output, args.dataset)
+    print(f"wrote {output}")
+
+
+RELATIONS = """\
+Show who attends to whom: the one table behind every mode, with the cells that a mode changes.
+
+examples:
+  wam relations                                      the modes, one line each
+  wam relations --mode joint                         its table
+  wam relations --preset all                         every table
+  wam relations --mode imagine --png imagine.png     its attention mask as a picture
+
+writes: nothing, or the picture named by --png
+"""
+
+
+def _relations_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", "--preset", metavar="NAME", dest="mode", help="a mode, or all")
+    parser.add_argument("--png", metavar="FILE", type=Path, help="draw the mode's attention mask")
+
+
+def _relations(args: argparse.Namespace) -> None:
+    from wam.relations import MODES, describe
+
+    if args.png and args.mode in (None, "all"):
+        raise ValueError("--png draws one mode; add --mode NAME, e.g. --mode joint")
+    if args.mode is None:
+        print("\n".join(f"{name:<14}{mode.about}" for name, mode in MODES.items()))
+        return
+    print("\n\n".join(describe(name) for name in (MODES if args.mode == "all" else [args.mode])))
+    if args.png:
+        from wam.evaluation.plots import draw_mask
+
+        draw_mask(args.mode, args.png)
+        print(f"wrote {args.png}")
+
+
+DEMO = """\
+Everything on one task: collect demonstrations, train, drive the robot in every mode, imagine, and write a report.
+Stages that are finished are kept: run it again to go on after an interruption.
+
+examples:
+  wam demo
+  wam demo --task door-open-v3
+  wam demo training.steps=200 rollout.episodes=10 --output runs/quick
+
+writes (in runs/demo, runs/demo-<task> for another task, or --output):
+  the dataset's checks, the trained checkpoint, rollouts, imagined video and the report, whose path is printed last
+"""
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--task", metavar="NAME", default="drawer-open-v3", help="Meta-World task (default: drawer-open-v3)")
+    _add_output(parser, "run directory")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+
+    from wam.evaluation.demo import demo
+
+    print(f"wrote {demo(config, args.task, args.output)}")
+
+
+REPORT = """\
+Write the report of a run again from the numbers, curves and videos in its directory.
+
+examples:
+  wam report runs/demo
+
+writes: the report in the run directory; its path is printed
+"""
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory, e.g. runs/demo")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from wam.evaluation.report import write_report
+
+    print(f"wrote {write_report(args.run)}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One `wam` command: `summary` is its line in `wam --help`, `about` its own help text."""
+
+    name: str
+    summary: str
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    handler: Callable[[argparse.Namespace], None]
+
+
+COMMANDS = (
+    Command("collect", "record demonstrations of scripted experts as a LeRobot dataset", COLLECT, _collect_arguments, _collect),
+    Command("train", "train a model, or go on training it", TRAIN, _train_arguments, _train),
+    Command("rollout", "drive a robot in a simulator and count successes", ROLLOUT, _rollout_arguments, _rollout),
+    Command("imagine", "compare imagined video with what happened", IMAGINE, _imagine_arguments, _imagine),
+    Command("relations", "show who attends to whom in each mode", RELATIONS, _relations_arguments, _relations),
+    Command("demo", "collect, train, drive and report one task", DEMO, _demo_arguments, _demo),
+    Command("report", "write the report of a run again", REPORT, _report_arguments, _report),
+)
+
+
+# ------------------------------------------------------------------------------------------------ entry point
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="wam", description="World action models: `wam COMMAND --help` teaches each command.", allow_abbrev=False)
+    parser.add_argument("-V", "--version", action="version", version=f"wam {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_arguments(sub)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(handler=command.handler, parser=sub)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand anywhere, also between flags, which argparse alone does not allow."""
+    args, rest = build_parser().parse_known_args(argv)
+    strangers = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if strangers:
+        args.parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return the exit code."""
+    args = parse(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("wam").setLevel(logging.INFO)
+    return run_main(partial(args.handler, args), debug=args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
