@@ -159,6 +159,8 @@ class WorldActionModel(nn.Module):
         video = self.backbone.video_head(x_BLD, modulation, layout.span(Kind.V), self.clock.grid)
         return video, self._action_head(x_BLD, modulation, layout.span(Kind.A), window.embodiment_B)
 
+    forward = forward_train  # what a wrapper (DDP, DeepSpeed, FSDP) calls, so that its hooks run
+
     # ------------------------------------------------------------------------------------------ inference
 
     def new_cache(self, batch: int) -> KVCache:
