@@ -208,6 +208,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 2, "wam: error: disk is full: runs/a; free some space and run the same command again"),
         (Exception("I/O error: No space left on device (os error 28)"), 2, "wam: error: disk is full: "),
         (KeyboardInterrupt(), 130, "wam: interrupted; run the same command again to go on"),
+        (KeyboardInterrupt("interrupted; 12 episodes are kept"), 130, "wam: interrupted; 12 episodes are kept"),
     ],
 )
 def test_errors_are_one_line(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,10 +47,10 @@ def run_main(handler: Callable[[], None], debug: bool = False) -> int:
     """
     try:
         handler()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             traceback.print_exc()
-        print("wam: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"wam: {str(interrupt) or 'interrupted; run the same command again to go on'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if not (isinstance(error, MENDABLE) or _is_disk_full(error)):
@@ -132,7 +132,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 COLLECT = """\
 Record demonstrations: Meta-World's scripted experts act, the simulator renders, and successful episodes are
-written as a LeRobot v3.0 dataset. What is already recorded is kept: run it again to go on or to add episodes.
+written as a LeRobot v3.0 dataset. An interrupted collection goes on where it stopped; a finished one is left alone.
 
 examples:
   wam collect                                        the tasks and sizes of the config
