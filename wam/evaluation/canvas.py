@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
+import weakref
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -34,7 +37,18 @@ class Canvas:
         self._options = mujoco.MjvOption()
         self._area = mujoco.MjrRect(0, 0, image_size, image_size)
         self._size = image_size
-        atexit.register(self._renderer.free)  # before the context it lives in, which was registered earlier
+        self._freed = False
+
+    def free(self) -> None:
+        """Give back meshes, textures and buffers; also done when the last environment that draws here is gone."""
+        if not self._freed:
+            self._freed = True
+            self._context.make_current()
+            self._renderer.free()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_freed", True):  # construction may have failed
+            self.free()
 
     def draw(self, model: mujoco.MjModel, data: mujoco.MjData, camera: int) -> Frames:
         """Draw a world from one of its cameras, turned so that up is up: (H, W, 3)."""
@@ -49,24 +63,38 @@ class Canvas:
         return np.ascontiguousarray(image[:, ::-1] if upside_down else image[::-1])
 
 
-_CANVASES: dict[tuple[str, int], Canvas] = {}  # an OpenGL context belongs to a process, so this does too
+_CANVASES: weakref.WeakValueDictionary[tuple[str, int], Canvas] = weakref.WeakValueDictionary()  # an OpenGL context belongs to a process, so this does too
 
 
 def shared_canvas(path: str, model: mujoco.MjModel, image_size: int) -> Canvas:
-    """The process's canvas for a world file and a size, made on first use."""
-    key = (path, image_size)
-    if key not in _CANVASES:
-        _CANVASES[key] = Canvas(model, image_size)
-    return _CANVASES[key]
+    """The process's canvas for a world file and a size: made on first use, kept while an environment draws on it."""
+    canvas = _CANVASES.get((path, image_size))
+    if canvas is None:
+        canvas = _CANVASES[path, image_size] = Canvas(model, image_size)
+    return canvas
 
 
 @functools.cache
-def _gl_context() -> mujoco.GLContext:
-    """The process's OpenGL context.  Freed before PyOpenGL takes its library down, which otherwise complains at exit."""
+def _gl_context() -> Any:
+    """The process's OpenGL context.  It and its canvases are freed before PyOpenGL takes the library down, which otherwise complains at exit."""
     try:
         context = mujoco.GLContext(64, 64)  # canvases bring their own buffers, of their own size
         context.make_current()
     except Exception as error:  # each backend raises its own kind
         raise RenderError(f"MuJoCo cannot render offscreen here ({type(error).__name__}: {error}); {REMEDY}") from error
-    atexit.register(context.free)
+
+    def free() -> None:
+        for canvas in list(_CANVASES.values()):
+            canvas.free()
+        context.free()
+
+    atexit.register(free)
     return context
+
+
+def describe_renderer() -> dict[str, str]:
+    """What draws: MuJoCo's backend, and the name OpenGL gives its implementation.  Pixels differ between implementations."""
+    from OpenGL import GL
+
+    _gl_context().make_current()
+    return {"backend": os.environ.get("MUJOCO_GL", ""), "opengl": GL.glGetString(GL.GL_RENDERER).decode(), "version": GL.glGetString(GL.GL_VERSION).decode()}

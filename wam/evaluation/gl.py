@@ -30,26 +30,36 @@ class RenderError(RuntimeError):
     """No way to render offscreen on this machine; the message names the packages to install."""
 
 
-@functools.cache
 def use_offscreen_backend() -> str:
-    """Choose MuJoCo's offscreen backend and set it for this process and its children; call before `import mujoco`.
-
-    Returns:
-        The value of MUJOCO_GL: the user's own if set, else "egl" or "osmesa", the first that draws; on macOS and Windows MuJoCo's own default ("").
+    """Choose MuJoCo's offscreen backend for this process and its children; call before `import mujoco`.
 
     Raises:
-        RenderError: neither draws, or MuJoCo was imported before, with another backend.
+        RenderError: nothing draws, or MuJoCo was imported before, when its choice was still open.
+    """
+    if "mujoco" in sys.modules and platform.system() == "Linux" and not os.environ.get("MUJOCO_GL"):
+        raise RenderError("mujoco was imported before wam chose how to render; import wam.evaluation.metaworld first, or set MUJOCO_GL=egl")
+    backend = choose_backend()
+    if backend:
+        os.environ["MUJOCO_GL"] = backend
+    return backend
+
+
+@functools.cache
+def choose_backend() -> str:
+    """The value of MUJOCO_GL to use: the user's own if set, else "egl" or "osmesa", the first that draws.
+
+    On macOS and Windows MuJoCo's own default is right, and is written as the empty string.
+
+    Raises:
+        RenderError: neither draws.
     """
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
     if chosen or platform.system() != "Linux":
         return chosen
-    if "mujoco" in sys.modules:
-        raise RenderError("mujoco was imported before wam chose how to render; import wam.evaluation's environments first, or set MUJOCO_GL=egl")
     failures = {}
     for backend in ("egl", "osmesa"):
         failure = probe(backend)
         if failure is None:
-            os.environ["MUJOCO_GL"] = backend
             return backend
         failures[backend] = failure
     tried = "; ".join(f"{backend}: {failure}" for backend, failure in failures.items())

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from wam.evaluation.environments import Floats, Frames, Observation, StepResult
 from wam.evaluation.gl import use_offscreen_backend
-from wam.evaluation.instructions import METAWORLD
+from wam.evaluation.metaworld_tasks import CONTROL_HZ, INSTRUCTIONS
 
 use_offscreen_backend()  # MuJoCo reads the choice while it is imported
 
@@ -28,11 +28,10 @@ import mujoco  # noqa: E402
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
 from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
 
-from wam.evaluation.canvas import shared_canvas  # noqa: E402
+from wam.evaluation.canvas import describe_renderer, shared_canvas  # noqa: E402
 
-STATE_NAMES = ("gripper_x", "gripper_y", "gripper_z", "gripper_opening")
-ACTION_NAMES = ("dx", "dy", "dz", "gripper")
-CONTROL_HZ = 80
+__all__ = ["MetaWorldEnv", "describe_renderer"]
+
 _PLACED = ("body_pos", "body_quat", "site_pos", "site_quat")  # what tasks move in the model when they place their objects
 _SIMULATION = ("model", "data", "mujoco_renderer")  # attributes that a snapshot of an instance leaves out
 
@@ -57,18 +56,18 @@ class MetaWorldEnv:
             ValueError: unknown task or camera, or a size below 1; names the nearest or all.
             RenderError: the machine cannot render offscreen.
         """
-        if task not in METAWORLD:
-            near = ", ".join(difflib.get_close_matches(task, METAWORLD, n=3, cutoff=0.4)) or ", ".join(METAWORLD)
+        if task not in INSTRUCTIONS:
+            near = ", ".join(difflib.get_close_matches(task, INSTRUCTIONS, n=3, cutoff=0.4)) or ", ".join(INSTRUCTIONS)
             raise ValueError(f"Meta-World has no task {task!r}; nearest: {near}")
         if image_size < 1 or max_steps < 1:
             raise ValueError(f"image_size {image_size} and max_steps {max_steps} must be at least 1")
         self.task, self.camera, self.image_size, self.max_steps = task, camera, image_size, max_steps
-        self.instruction = METAWORLD[task]
+        self.instruction = INSTRUCTIONS[task]
         self.action_low, self.action_high = np.full(4, -1, np.float32), np.full(4, 1, np.float32)
         self._env = _build(task)
         self._camera = _camera_id(self._env.model, camera)
         self._canvas = shared_canvas(self._env.model_name, self._env.model, image_size)
-        self._expert = ENV_POLICY_MAP[task]()
+        self._expert = ENV_POLICY_MAP[task]()  # type: ignore[abstract]  # the map holds subclasses
         self._placed = {name: getattr(self._env.model, name).copy() for name in _PLACED}
         self._attributes = copy.deepcopy({k: v for k, v in vars(self._env).items() if k not in _SIMULATION})
         self._observed: npt.NDArray[np.float64] | None = None  # the simulator's 39 numbers, the goal among them
@@ -119,7 +118,9 @@ class MetaWorldEnv:
         self._observed, reward, _, _, info = env.step(np.clip(sent, -1, 1))
         self.steps += 1
         if any(env.data.warning[kind].number for kind in _DIVERGED):
-            raise RuntimeError(f"the simulation of {self.task} diverged at control step {self.steps}; MuJoCo put it back to its start, so this episode means nothing")
+            raise RuntimeError(
+                f"the simulation of {self.task} diverged at control step {self.steps}; MuJoCo put it back to its start, so this episode means nothing"
+            )
         return self.state(), float(reward), bool(info["success"])
 
     def run(self, actions: npt.NDArray[Any], frame_stride: int) -> StepResult:
@@ -189,9 +190,9 @@ def _camera_id(model: mujoco.MjModel, camera: str) -> int:
     return names.index(camera)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def _compiled(path: str) -> mujoco.MjModel:
-    """A world file, compiled once for a process; instances copy it."""
+    """A world file, compiled once for many instances, which copy it; few are kept, as each takes 20 MB."""
     return mujoco.MjModel.from_xml_path(path)
 
 

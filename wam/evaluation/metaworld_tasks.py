@@ -1,10 +1,14 @@
-"""What each Meta-World task is called in words: the instruction a policy is given.
+"""What Meta-World's tasks, state and actions are called, readable without the simulator.
 
 Meta-World names its tasks but does not describe them in language; these sentences are this project's, one per task, and are written
 into every dataset it collects.
 """
 
-METAWORLD: dict[str, str] = {
+CONTROL_HZ = 80
+STATE_NAMES = ("gripper_x", "gripper_y", "gripper_z", "gripper_opening")
+ACTION_NAMES = ("dx", "dy", "dz", "gripper")
+
+INSTRUCTIONS: dict[str, str] = {
     "assembly-v3": "put the ring on the peg",
     "basketball-v3": "put the basketball into the hoop",
     "bin-picking-v3": "move the block from one bin to the other",
