@@ -1,0 +1,259 @@
+"""Frames out of video files, by index.
+
+decord is asked first: it is the fastest on H.264, the codec this project writes.  What decord cannot read (AV1, LeRobot's default
+codec, or a platform without decord) is read with PyAV, and that is counted, so that a slow run can say why.  Both number frames
+in the order they are shown and return the same pixels up to rounding.
+
+A file that was cut short is refused before a decoder sees it: decoders may repeat the last frame, or wait for ever.
+Readers are state: they live in a `VideoDecoder`, a few at a time, and never cross into another process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import av
+import numpy as np
+import torch
+
+Backend = Literal["decord", "pyav"]
+
+
+class VideoError(ValueError):
+    """A video that cannot give the frames asked for; the message names the file, what was asked, what was found and the remedy."""
+
+
+class Reader(Protocol):
+    """An open file."""
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Frames (n, H, W, 3) at indices that rise strictly."""
+
+
+@dataclass
+class DecodeCounts:
+    """What a decoder did in its process.
+
+    Attributes:
+        decord, pyav: frames read with each.
+        fallbacks: why decord did not read a file, by path.
+    """
+
+    decord: int = 0
+    pyav: int = 0
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+
+class VideoDecoder:
+    """Reads frames with the first backend that can; keeps a few files open.
+
+    Args:
+        backends: in order of preference.
+        open_files: how many files stay open; the least recently used is closed.
+    """
+
+    def __init__(self, backends: Sequence[Backend] = ("decord", "pyav"), open_files: int = 8):
+        self.backends = tuple(backends)
+        self.open_files = open_files
+        self.counts = DecodeCounts()
+        self._readers: OrderedDict[Path, tuple[Backend, Reader]] = OrderedDict()
+        self._process = os.getpid()
+        self._inherited: list[Any] = []
+
+    def read_frames(self, path: str | Path, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Frames at `indices` (any order, repeats allowed), uint8 (n, H, W, 3).
+
+        Raises:
+            VideoError: a missing, damaged or truncated file, or frames beyond its end.
+        """
+        path, asked = Path(path), np.asarray(indices, dtype=np.int64)
+        if asked.ndim != 1 or len(asked) == 0 or asked.min() < 0:
+            raise VideoError(f"{path}: asked for the frames {asked.tolist()}; expected a list of indices from 0")
+        self._forget_the_parents()
+        rising, back = np.unique(asked, return_inverse=True)
+        backend, reader = self._reader(path)
+        try:
+            frames = reader.read(rising)
+        except Exception as error:  # decord raises its own errors and plain ones; PyAV then gives the answer, or the reason
+            if backend == "pyav" or "pyav" not in self.backends:
+                raise _as_video_error(path, rising, error) from error
+            backend, reader = self._fall_back(path, error)
+            frames = reader.read(rising)
+        setattr(self.counts, backend, getattr(self.counts, backend) + len(rising))
+        return frames if len(rising) == len(asked) and np.array_equal(rising, asked) else frames[back]
+
+    def _reader(self, path: Path) -> tuple[Backend, Reader]:
+        if path in self._readers:
+            self._readers.move_to_end(path)
+            return self._readers[path]
+        check_whole(path)
+        if self.backends[0] == "pyav":
+            return self._keep(path, "pyav", PyavReader(path))
+        try:
+            return self._keep(path, "decord", DecordReader(path))
+        except Exception as error:
+            if "pyav" not in self.backends:
+                raise VideoError(f"{path}: decord cannot open it ({_first_line(error)}); allow PyAV as a second backend") from error
+            return self._fall_back(path, error)
+
+    def _fall_back(self, path: Path, error: Exception) -> tuple[Backend, Reader]:
+        self.counts.fallbacks[str(path)] = _first_line(error)
+        return self._keep(path, "pyav", PyavReader(path))
+
+    def _keep(self, path: Path, backend: Backend, reader: Reader) -> tuple[Backend, Reader]:
+        self._readers[path] = (backend, reader)
+        while len(self._readers) > self.open_files:
+            self._readers.popitem(last=False)
+        return backend, reader
+
+    def _forget_the_parents(self) -> None:
+        """After a fork the parent's readers are unusable here: their threads do not exist, and closing them would wait for those."""
+        if os.getpid() != self._process:
+            self._inherited.append(self._readers)
+            self._readers, self._process, self.counts = OrderedDict(), os.getpid(), DecodeCounts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backends": self.backends, "open_files": self.open_files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+class DecordReader:
+    """A file open in decord."""
+
+    def __init__(self, path: Path):
+        import decord
+
+        self.path = path
+        self.video = decord.VideoReader(str(path), num_threads=1)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Frames at rising indices, uint8 (n, H, W, 3)."""
+        if indices[-1] >= len(self.video):
+            raise _too_short(self.path, int(indices[-1]), len(self.video))
+        return self.video.get_batch(indices.tolist()).asnumpy()
+
+
+class PyavReader:
+    """A file open in PyAV, with the presentation time of every frame, from the packets (nothing is decoded for that).
+
+    Frame i is the i-th in order of presentation time, whatever the rate or the first timestamp.  Reading on from where the last
+    call ended does not seek.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.container = av.open(str(path))
+            self.stream = self.container.streams.video[0]
+            self.stream.thread_type = "AUTO"
+            packets: list[Any] = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
+        except (av.error.FFmpegError, IndexError) as error:
+            raise VideoError(f"{path}: cannot be opened as a video ({_first_line(error)}); copy or record it again") from error
+        if not packets or any(p.pts is None for p in packets):
+            raise VideoError(f"{path}: {len(packets)} packets, some or all without a timestamp; convert it to mp4")
+        times = sorted(p.pts for p in packets)
+        self.number = {time: i for i, time in enumerate(times)}
+        self.keys = sorted((self.number[p.pts], p.dts if p.dts is not None else p.pts) for p in packets if p.is_keyframe)  # (frame, decode time)
+        self.frames: Iterator[av.VideoFrame] = iter(())
+        self.next = len(times)  # the frame that comes next; none before the first seek
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Frames at rising indices, uint8 (n, H, W, 3)."""
+        if indices[-1] >= len(self.number):
+            raise _too_short(self.path, int(indices[-1]), len(self.number))
+        return np.stack([self._frame(int(i)) for i in indices])
+
+    def _frame(self, index: int) -> np.ndarray:
+        key = max((k for k, _ in self.keys if k <= index), default=0)
+        if not (self.next <= index and key <= self.next):
+            self._seek(index)
+        while (frame := self._take(index)) is not None:
+            number = self.number.get(frame.pts, -1)
+            self.next = max(self.next, number + 1)
+            if number == index:
+                return frame.to_ndarray(format="rgb24")
+        raise VideoError(
+            f"{self.path}: asked for frame {index}, but decoding ended before it, after frame {self.next - 1} of {len(self.number)}; the file is damaged: copy or record it again"
+        )
+
+    def _seek(self, index: int) -> None:
+        """Go to the last key frame from which `index` is still to come; demuxers differ in what they seek by."""
+        for _, time in reversed([key for key in self.keys if key[0] <= index]):
+            self.container.seek(time, stream=self.stream)
+            self.frames = self.container.decode(self.stream)
+            first = self._take(index)
+            number = -1 if first is None else self.number.get(first.pts, -1)
+            if first is not None and 0 <= number <= index:
+                self.frames, self.next = chain([first], self.frames), number
+                return
+        raise VideoError(f"{self.path}: no key frame leads to frame {index} of {len(self.number)}; convert the file")
+
+    def _take(self, index: int) -> av.VideoFrame | None:
+        """The next decoded frame, on the way to `index`; None at the end of the file."""
+        try:
+            return next(self.frames, None)
+        except av.error.FFmpegError as error:
+            raise VideoError(
+                f"{self.path}: decoding failed on the way to frame {index} ({_first_line(error)}); the file is damaged: copy or record it again"
+            ) from error
+
+
+def check_whole(path: Path) -> None:
+    """Refuse an mp4 that is missing, empty, has no index, or ends before its last box does.  Reads a few bytes.
+
+    Raises:
+        VideoError: naming the file and what is missing.
+    """
+    if not path.is_file():
+        raise VideoError(f"no video file {path}; copy the dataset again, with its videos/")
+    size = path.stat().st_size
+    if path.suffix.lower() not in (".mp4", ".mov", ".m4v"):
+        return
+    names, at = set(), 0
+    with path.open("rb") as stream:
+        while at < size:
+            stream.seek(at)
+            head = stream.read(16)
+            length = int.from_bytes(head[:4], "big")
+            length = {0: size - at, 1: int.from_bytes(head[8:16], "big")}.get(length, length)
+            if len(head) < 8 or length < 8 or at + length > size:
+                raise VideoError(
+                    f"{path}: the file is truncated or damaged: its part {head[4:8]!r} should end at byte {at + length}, the file has {size}; copy or record it again"
+                )
+            names.add(head[4:8])
+            at += length
+    if b"moov" not in names:
+        raise VideoError(f"{path}: there is no index in the file ({size} bytes), its writing was cut short; copy or record it again")
+
+
+def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (n, H, W, 3) to (n, *size, 3), bilinear with antialiasing; each axis on its own, so another aspect ratio stretches."""
+    if frames.shape[1:3] == tuple(size):
+        return frames
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _too_short(path: Path, asked: int, found: int) -> VideoError:
+    return VideoError(
+        f"{path}: asked for frame {asked}, but the file has {found} frames (0..{found - 1}); the video is shorter than the dataset says: copy or record it again"
+    )
+
+
+def _as_video_error(path: Path, indices: np.ndarray, error: Exception) -> VideoError:
+    if isinstance(error, VideoError):
+        return error
+    return VideoError(f"{path}: frames {indices[0]}..{indices[-1]} cannot be decoded ({_first_line(error)}); copy or record the file again")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
