@@ -1,5 +1,6 @@
 """Windows hold the frames, states and actions they say; the order of training is a pure function of seed and step."""
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from wam.config import DataConfig, TimelineConfig
-from wam.data.dataset import WindowDataset, collate, fit_normalizer
+from wam.data.dataset import WindowDataset, collate
+from wam.data.normalize import Normalizer
 from wam.data.sampler import WindowSampler, make_loader
 from wam.data.video import VideoError
 from wam.data.windows import window_indices
@@ -43,12 +45,12 @@ def test_windows_hold_what_they_say(root: Path, cache: str) -> None:
     dataset = WindowDataset(data, TIMELINE, "train", None, SIZE)
     assert dataset.episodes == [0, 1, 2, 3] and dataset.too_short == []
     assert len(dataset) == sum(length - 8 for length in LENGTHS[:4])
-    normalizer = fit_normalizer(data)
+    normalizer = dataset.fit_normalizer()
     normal = WindowDataset(data, TIMELINE, "train", normalizer, SIZE)
     for index in range(0, len(dataset), 7):
         sample, length = dataset[index], LENGTHS[dataset[index]["episode"]]
         rows, columns = window_indices(length, sample["start"], TIMELINE), fixture.columns(sample["episode"], length)
-        first = dataset.source.episodes[sample["episode"]].videos[fixture.CAMERA].first_frame
+        first = dataset.lerobot.episodes[sample["episode"]].videos[fixture.CAMERA].first_frame
         assert [fixture.read_stamp(frame) for frame in sample["frames"]] == (first + rows.frames).tolist()
         for key, column, indices in (
             ("state", "observation.state", rows.state),
@@ -104,10 +106,27 @@ def test_configs_that_do_not_fit(root: Path, changes: dict, message: str) -> Non
         WindowDataset(config(root, **changes), TIMELINE, "validation", None, SIZE)
 
 
-def test_normalizer_of_another_dataset(root: Path) -> None:
-    normalizer = fit_normalizer(config(root, action="frame_index", executed_action=None))
-    with pytest.raises(ValueError, match="column 'action' has 4 dimensions, but the normalizer's action has 1"):
-        WindowDataset(config(root), TIMELINE, "train", normalizer, SIZE)
+def test_normalizer_is_fitted_on_the_split_and_set_later(root: Path) -> None:
+    data = config(root, cache="none")
+    dataset = WindowDataset(data, TIMELINE, "train")
+    physical = dataset.mean_action()
+    rows = np.concatenate([fixture.columns(e, LENGTHS[e])["action"] for e in dataset.episodes])
+    np.testing.assert_allclose(physical, rows.mean(axis=0), atol=1e-6)
+    normalizer = dataset.fit_normalizer()
+    assert normalizer == Normalizer.fit(
+        {"state": np.concatenate([fixture.columns(e, LENGTHS[e])["observation.state"] for e in dataset.episodes]), "action": rows}
+    )
+    dataset.normalizer = normalizer
+    np.testing.assert_array_equal(dataset[5]["action"], WindowDataset(data, TIMELINE, "train", normalizer)[5]["action"])
+    np.testing.assert_array_equal(dataset.episode(0).action, rows[: LENGTHS[0]])  # whole episodes stay in physical units
+    with pytest.raises(ValueError, match=r"action has shape \(129, 1\); its statistics have 4 dimensions"):
+        WindowDataset(config(root, action="frame_index", executed_action=None), TIMELINE, "train", normalizer)
+
+
+def test_what_a_checkpoint_says_about_its_data(root: Path) -> None:
+    dataset = WindowDataset(config(root, cache="none"), TIMELINE, "train")
+    assert dataset.fps == fixture.FPS and dataset.instructions == sorted(fixture.TASKS) and dataset.image_size == SIZE
+    assert json.loads(json.dumps(dataset.source)) == {"root": str(root), "episodes": 4, "frames": 129, "fps": 10.0, "recorded": None}
 
 
 def test_all_episodes_too_short(root: Path) -> None:
@@ -160,7 +179,8 @@ def test_loader_resumes_at_any_step_with_any_workers(root: Path, cache: str) -> 
 @pytest.mark.skipif(not (SAMPLE / "meta/info.json").is_file(), reason="the Meta-World sample is not in this checkout")
 def test_the_metaworld_sample() -> None:
     data = DataConfig(root=str(SAMPLE), executed_action="action.executed")
-    dataset = WindowDataset(data, TIMELINE, "train", fit_normalizer(data), SIZE)
+    dataset = WindowDataset(data, TIMELINE, "train", None, SIZE)
+    dataset.normalizer = dataset.fit_normalizer()
     sample = dataset[len(dataset) // 2]
     assert sample["frames"].std() > 10 and np.isfinite(sample["action"]).all() and np.abs(sample["action"]).max() <= 1.5
     assert not dataset.decoder.counts.fallbacks, "the sample is H.264"

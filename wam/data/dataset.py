@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -86,10 +86,11 @@ class WindowDataset(Dataset[Sample]):
 
     Args:
         normalizer: with keys "state" and "action"; None leaves physical units.
-        image_size: (height, width) of the frames that come out.
+        image_size: (height, width) of the frames that come out; None keeps the camera's.
 
     Attributes:
-        source: the LeRobot dataset.
+        lerobot: the dataset in its files.
+        fps: control steps a second.
         episodes: indices of the episodes that have windows.
         too_short: indices of those that were left out.
         decoder: with its counts; in a loader's workers each has its own.
@@ -100,29 +101,60 @@ class WindowDataset(Dataset[Sample]):
         VideoError: a video that is missing, damaged or too short (with `cache="none"`, too short shows on access).
     """
 
-    def __init__(self, data: DataConfig, timeline: TimelineConfig, split: Split, normalizer: Normalizer | None, image_size: tuple[int, int]):
-        self.data, self.timeline, self.image_size = data, timeline, (image_size[0], image_size[1])
-        self.source = LeRobotDataset(data.root)
+    def __init__(
+        self, data: DataConfig, timeline: TimelineConfig, split: Split, normalizer: Normalizer | None = None, image_size: tuple[int, int] | None = None
+    ):
+        self.data, self.timeline = data, timeline
+        self.lerobot = LeRobotDataset(data.root)
+        self.fps = self.lerobot.fps
         self.camera = data.cameras[0]
-        self.source.camera(self.camera)
-        chosen = _episodes_of(self.source, data, split)
-        lengths = [self.source.episodes[e].length for e in chosen]
+        height, width = self.lerobot.camera(self.camera).shape[:2]
+        self.image_size = (height, width) if image_size is None else (image_size[0], image_size[1])
+        chosen = _episodes_of(self.lerobot, data, split)
+        lengths = [self.lerobot.episodes[e].length for e in chosen]
         self.table = window_table(lengths, timeline)
         self.too_short = [chosen[p] for p in self.table.too_short]
         self.episodes = [e for e in chosen if e not in set(self.too_short)]
-        self.table = window_table([self.source.episodes[e].length for e in self.episodes], timeline)
-        self.offsets = np.concatenate([[0], np.cumsum([self.source.episodes[e].length for e in self.episodes])])
-        self.state = _normal(normalizer, "state", data.state, _rows(self.source, self.episodes, data.state))
-        self.action = _normal(normalizer, "action", data.action, _rows(self.source, self.episodes, data.action))
-        self.executed = self.action
-        if data.executed_action is not None:
-            self.executed = _normal(normalizer, "action", data.executed_action, _rows(self.source, self.episodes, data.executed_action))
-            _check_same_width(data, self.action, self.executed)
+        self.table = window_table([self.lerobot.episodes[e].length for e in self.episodes], timeline)
+        self.offsets = np.concatenate([[0], np.cumsum([self.lerobot.episodes[e].length for e in self.episodes])])
+        columns = {"state": data.state, "action": data.action, "executed": data.executed_action or data.action}
+        self._physical = {name: _rows(self.lerobot, self.episodes, column) for name, column in columns.items()}
+        _check_same_width(data, self._physical["action"], self._physical["executed"])
+        self.normalizer = normalizer
         self.decoder = VideoDecoder()
         self.frames = self._decode_all(split) if data.cache == "memory" else None
         if self.frames is None:
-            for path in sorted({self.source.episodes[e].videos[self.camera].path for e in self.episodes}):
+            for path in sorted({self.lerobot.episodes[e].videos[self.camera].path for e in self.episodes}):
                 check_whole(path)
+
+    @property
+    def normalizer(self) -> Normalizer | None:
+        """What states and actions are normalised with; setting it normalises all rows anew."""
+        return self._normalizer
+
+    @normalizer.setter
+    def normalizer(self, normalizer: Normalizer | None) -> None:
+        self._normalizer = normalizer
+        self._rows = {name: _normal(normalizer, "state" if name == "state" else "action", rows) for name, rows in self._physical.items()}
+
+    @property
+    def instructions(self) -> list[str]:
+        """What the episodes of this split are asked to do, each once, sorted."""
+        return sorted({text for e in self.episodes for text in self.lerobot.episodes[e].tasks})
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the data comes from, for a checkpoint to say: directory, amounts, and what its maker wrote about itself."""
+        rows = int(self.offsets[-1])
+        return {"root": str(self.data.root), "episodes": len(self.episodes), "frames": rows, "fps": self.fps, "recorded": self.lerobot.info.get("wam")}
+
+    def fit_normalizer(self) -> Normalizer:
+        """Statistics of this split's states and actions (labels), with the method of `data.normalization`."""
+        return Normalizer.fit({name: self._physical[name] for name in ("state", "action")}, self.data.normalization)
+
+    def mean_action(self) -> np.ndarray:
+        """The mean label (action_dim,), normalised where the dataset is: the best guess of a policy that sees nothing."""
+        return self._rows["action"].mean(axis=0, dtype=np.float64).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -130,17 +162,17 @@ class WindowDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         position, start = self.table.locate(index)
         episode = self.episodes[position]
-        rows = window_indices(self.source.episodes[episode].length, start, self.timeline)
+        rows = window_indices(self.lerobot.episodes[episode].length, start, self.timeline)
         offset = self.offsets[position]
         return Sample(
             frames=self._frames(position, rows.frames),
             frames_is_pad=rows.frames_is_pad,
-            state=self.state[offset + rows.state],
+            state=self._rows["state"][offset + rows.state],
             state_is_pad=rows.state_is_pad,
-            action=self.action[offset + rows.action],
-            executed=self.executed[offset + rows.action],
+            action=self._rows["action"][offset + rows.action],
+            executed=self._rows["executed"][offset + rows.action],
             action_is_pad=rows.action_is_pad,
-            instruction=self.source.instruction(episode, start),
+            instruction=self.lerobot.instruction(episode, start),
             episode=episode,
             start=start,
         )
@@ -156,15 +188,15 @@ class WindowDataset(Dataset[Sample]):
                 f"episode {index} is not in this split, which has {len(self.episodes)}: {self.episodes[:8]}{'...' if len(self.episodes) > 8 else ''}"
             )
         position = self.episodes.index(index)
-        action = self.source.read(index, self.data.action).astype(np.float32)
-        executed = action if self.data.executed_action is None else self.source.read(index, self.data.executed_action).astype(np.float32)
-        frames = self._frames(position, np.arange(self.source.episodes[index].length))
-        return EpisodeView(frames, self.source.read(index, self.data.state).astype(np.float32), action, executed, self.source.episodes[index].instruction)
+        action = self.lerobot.read(index, self.data.action).astype(np.float32)
+        executed = action if self.data.executed_action is None else self.lerobot.read(index, self.data.executed_action).astype(np.float32)
+        frames = self._frames(position, np.arange(self.lerobot.episodes[index].length))
+        return EpisodeView(frames, self.lerobot.read(index, self.data.state).astype(np.float32), action, executed, self.lerobot.episodes[index].instruction)
 
     def _frames(self, position: int, rows: np.ndarray) -> np.ndarray:
         if self.frames is not None:
             return self.frames[self.offsets[position] + rows]
-        span = self.source.episodes[self.episodes[position]].videos[self.camera]
+        span = self.lerobot.episodes[self.episodes[position]].videos[self.camera]
         return resize_frames(self.decoder.read_frames(span.path, span.first_frame + rows), self.image_size)
 
     def _decode_all(self, split: Split) -> np.ndarray:
@@ -175,10 +207,10 @@ class WindowDataset(Dataset[Sample]):
         frames = np.empty(shape, np.uint8)
         by_file: dict[Path, list[int]] = defaultdict(list)
         for position, episode in enumerate(self.episodes):
-            by_file[self.source.episodes[episode].videos[self.camera].path].append(position)
+            by_file[self.lerobot.episodes[episode].videos[self.camera].path].append(position)
         with tqdm(total=total, unit="frame", desc=f"decoding {split}", disable=None, leave=False) as bar:
             for path, positions in by_file.items():
-                spans = [self.source.episodes[self.episodes[p]].videos[self.camera] for p in positions]
+                spans = [self.lerobot.episodes[self.episodes[p]].videos[self.camera] for p in positions]
                 for span, position in sorted(zip(spans, positions, strict=True), key=lambda pair: pair[0].first_frame):
                     first, length = int(self.offsets[position]), int(self.offsets[position + 1] - self.offsets[position])
                     for at in range(0, length, CHUNK):
@@ -186,13 +218,6 @@ class WindowDataset(Dataset[Sample]):
                         frames[first + rows] = resize_frames(self.decoder.read_frames(path, span.first_frame + rows), self.image_size)
                         bar.update(len(rows))
         return frames
-
-
-def fit_normalizer(data: DataConfig) -> Normalizer:
-    """Statistics of the training episodes' states and actions (labels), with the method of `data.normalization`."""
-    source = LeRobotDataset(data.root)
-    episodes = _episodes_of(source, data, "train")
-    return Normalizer.fit({"state": _rows(source, episodes, data.state), "action": _rows(source, episodes, data.action)}, data.normalization)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -234,14 +259,8 @@ def _rows(source: LeRobotDataset, episodes: list[int], key: str) -> np.ndarray:
     return np.concatenate([source.read(e, key) for e in episodes]).astype(np.float32)
 
 
-def _normal(normalizer: Normalizer | None, name: str, column: str, rows: np.ndarray) -> np.ndarray:
-    if normalizer is None:
-        return rows
-    if rows.shape[-1] != normalizer.dim(name):
-        raise ValueError(
-            f"column {column!r} has {rows.shape[-1]} dimensions, but the normalizer's {name} has {normalizer.dim(name)}; it was fitted on another dataset or column"
-        )
-    return normalizer.normalize(name, rows)
+def _normal(normalizer: Normalizer | None, key: str, rows: np.ndarray) -> np.ndarray:
+    return rows if normalizer is None else normalizer.normalize(key, rows)
 
 
 def _check_same_width(data: DataConfig, action: np.ndarray, executed: np.ndarray) -> None:

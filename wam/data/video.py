@@ -11,6 +11,7 @@ Readers are state: they live in a `VideoDecoder`, a few at a time, and never cro
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ from typing import Any, Literal, Protocol
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 
 Backend = Literal["decord", "pyav"]
+DENSE = 3  # decord: where at least one frame in three is asked for, reading on is faster than seeking each
 
 
 class VideoError(ValueError):
@@ -138,6 +141,9 @@ class DecordReader:
         """Frames at rising indices, uint8 (n, H, W, 3)."""
         if indices[-1] >= len(self.video):
             raise _too_short(self.path, int(indices[-1]), len(self.video))
+        first, span = int(indices[0]), int(indices[-1] - indices[0]) + 1
+        if span <= DENSE * len(indices):
+            return self.video.get_batch(list(range(first, first + span))).asnumpy()[indices - first]
         return self.video.get_batch(indices.tolist()).asnumpy()
 
 
@@ -161,7 +167,9 @@ class PyavReader:
             raise VideoError(f"{path}: {len(packets)} packets, some or all without a timestamp; convert it to mp4")
         times = sorted(p.pts for p in packets)
         self.number = {time: i for i, time in enumerate(times)}
-        self.keys = sorted((self.number[p.pts], p.dts if p.dts is not None else p.pts) for p in packets if p.is_keyframe)  # (frame, decode time)
+        keys = sorted((self.number[p.pts], p.pts if p.dts is None else p.dts) for p in packets if p.is_keyframe)
+        self.keys, self.key_times = [number for number, _ in keys], [time for _, time in keys]  # frames, and when they are decoded
+        self.colours = VideoReformatter()  # one for all frames: making it costs far more than using it
         self.frames: Iterator[av.VideoFrame] = iter(())
         self.next = len(times)  # the frame that comes next; none before the first seek
 
@@ -172,22 +180,22 @@ class PyavReader:
         return np.stack([self._frame(int(i)) for i in indices])
 
     def _frame(self, index: int) -> np.ndarray:
-        key = max((k for k, _ in self.keys if k <= index), default=0)
-        if not (self.next <= index and key <= self.next):
+        key = bisect_right(self.keys, index) - 1
+        if self.next > index or (key >= 0 and self.keys[key] > self.next):  # behind us, or a key frame is nearer than we are
             self._seek(index)
         while (frame := self._take(index)) is not None:
             number = self.number.get(frame.pts, -1)
             self.next = max(self.next, number + 1)
             if number == index:
-                return frame.to_ndarray(format="rgb24")
+                return self.colours.reformat(frame, format="rgb24", threads=1).to_ndarray()
         raise VideoError(
             f"{self.path}: asked for frame {index}, but decoding ended before it, after frame {self.next - 1} of {len(self.number)}; the file is damaged: copy or record it again"
         )
 
     def _seek(self, index: int) -> None:
         """Go to the last key frame from which `index` is still to come; demuxers differ in what they seek by."""
-        for _, time in reversed([key for key in self.keys if key[0] <= index]):
-            self.container.seek(time, stream=self.stream)
+        for key in range(bisect_right(self.keys, index) - 1, -1, -1):
+            self.container.seek(self.key_times[key], stream=self.stream)
             self.frames = self.container.decode(self.stream)
             first = self._take(index)
             number = -1 if first is None else self.number.get(first.pts, -1)
