@@ -27,6 +27,7 @@ def test_there_and_back(normalizer: Normalizer) -> None:
     assert kept.mean() > 0.95 and normal.dtype == np.float32
     np.testing.assert_allclose(normalizer.unnormalize("state", normal)[kept], x[kept], atol=1e-5)
     assert normalizer.keys["state"].constant == (3,)
+    assert normalizer.normalize("state", ROWS[0] + np.eye(5)[3])[3] == 1, "a dimension that does not move keeps its unit"
     assert (normal[:, 3] == 0).all() and np.unique(normal[:, 4]).size == 2
 
 

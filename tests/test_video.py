@@ -94,3 +94,15 @@ def test_resize() -> None:
     assert (resize_frames(flat, (64, 64)) == 77).all()
     wanted = np.asarray(Image.fromarray(frames[0]).resize((50, 40), Image.Resampling.BILINEAR))
     assert np.abs(resize_frames(frames, (40, 50))[0].astype(int) - wanted).max() <= 1, "as Pillow does it"
+
+
+def test_bytes_damaged_in_the_middle_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "scratched.mp4"
+    fixture.write_video(path, list(range(60)), gop=12, b_frames=2)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 400] = np.random.default_rng(0).bytes(400)
+    path.write_bytes(data)
+    for backends in (("decord", "pyav"), ("pyav",)):
+        with pytest.raises(VideoError, match=r"scratched.mp4: decoding failed on the way to frame \d+"):
+            VideoDecoder(backends).read_frames(path, range(60))

@@ -2,11 +2,12 @@
 
 Row i holds what was observed at control step i and the action that was executed from row i to row i + 1.
 
-    N = 2 blocks, A = 4 actions a block, frame_stride 2, k = ... frames 2 a block        start = 3
-    rows      3   4   5   6   7   8   9   10  11
-    frames    f0      f1      f2      f3      f4        1 + 4kN, `frame_stride` rows apart
-    states    S0              S1                        at each block's first row
-    actions   a0  a1  a2  a3  a4  a5  a6  a7            N * A, every row
+    start = 3, N = 2 blocks of A = 8 actions and 4 frames, so frame_stride is 2
+
+    rows      3   4   5   6   7   8   9   10  11  12  13 ...  19
+    frames    f0      f1      f2      f3      f4      f5      f8     1 + 4kN, `frame_stride` rows apart
+    states    S0                              S1                     each block's first row
+    actions   a0  a1  a2  a3  a4  a5  a6  a7  a8  a9  a10 ...        N * A, every row (a15 leads to f8)
 
 A window may reach beyond its episode: such indices are clamped to the last row and marked as padding.  Its first block never
 does, and neither do the frames that close it; an episode without room for one block has no windows.
