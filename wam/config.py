@@ -223,6 +223,7 @@ class TrainingConfig:
     ema_decay: float = 0.995
     action_weight: float = 1.0
     video_weight: float = 1.0
+    state_dropout: float = 0.1  # probability that a sample's states are hidden, so that video can be imagined where no state is known
     modes: dict[str, float] = field(default_factory=lambda: {"skip": 0.3, "joint": 0.2, "joint_mutual": 0.1, "imagine": 0.2, "forward": 0.2})
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     log_every: int = 20
@@ -235,6 +236,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "validation_batches"):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}", "it must be at least 1")
         _require(len(self.modes) > 0 and all(p >= 0 for p in self.modes.values()) and sum(self.modes.values()) > 0, f"training.modes is {self.modes}", "give at least one mode a positive weight")
+        _require(0 <= self.state_dropout <= 1, f"training.state_dropout is {self.state_dropout}", "a probability lies in 0..1")
         _require(0 <= self.ema_decay < 1, f"training.ema_decay is {self.ema_decay}", "expected 0 (off) <= decay < 1")
 
 
@@ -262,10 +264,15 @@ class RolloutConfig:
 class ImagineConfig:
     """Imagined video on held-out episodes."""
 
-    clips: int = 16
-    blocks: int = 4  # blocks imagined open loop from one frame
-    steps: int = 4
+    clips: int = 16  # held-out stretches, spread over episodes
+    blocks: int = 6  # blocks imagined open loop from one frame
+    steps: int = 8
     seed: int = 0
+    videos: int = 4  # clips that are saved as mp4
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "blocks", "steps"):
+            _require(getattr(self, name) >= 1, f"imagine.{name} is {getattr(self, name)}", "it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,12 @@ class Session:
         self.block = FIRST_BLOCK
         self.committed = True
 
-    def observe(self, frames: np.ndarray, state: np.ndarray) -> Tensor:
+    def observe(self, frames: np.ndarray, state: np.ndarray | None) -> Tensor:
         """Take in what was seen since the last call, and the state now; returns its latents (B, C, F, h, w).
 
         Args:
             frames: uint8 (B, n, H, W, 3): one frame at first, later the 4k frames of the block, `frame_stride` steps apart.
-            state: (B, state_dim), physical units.
+            state: (B, state_dim), physical units; None where it is not known (the model may then only imagine video well).
 
         Raises:
             ValueError: wrong shapes, non-finite states, or a block whose executed actions were never committed.
@@ -90,11 +90,7 @@ class Session:
             with self._timed("encode"):
                 latents = self.stream.encode(torch.from_numpy(np.ascontiguousarray(frames)).to(self.model.device))
             with self._timed("prefill"):
-                self._prefill(kind, latents)
-                self.block += 1
-                normal = self.normalizer.normalize("state", state.astype(np.float32))
-                self._prefill(Kind.S, torch.from_numpy(normal).to(self.model.device).unsqueeze(1))
-        self.committed = False
+                self._advance(kind, latents, state)
         return latents
 
     def plan(self, mode: str, solver: Solver | None = None, actions: np.ndarray | None = None) -> Plan:
@@ -125,14 +121,13 @@ class Session:
             self._prefill(Kind.AC, self._normal_actions(actions))
         self.committed = True
 
-    def imagine(self, latents: Tensor, state: np.ndarray) -> None:
-        """Go on as if `latents` (B, C, k, h, w) had been observed: open-loop rollouts feed plans back this way."""
+    def imagine(self, latents: Tensor) -> None:
+        """Go on as if `latents` (B, C, k, h, w) had been observed: open-loop rollouts feed plans back this way.
+
+        The state that would go with them is not known, and is left out.
+        """
         with torch.no_grad():
-            self._prefill(Kind.VC, latents)
-            self.block += 1
-            normal = self.normalizer.normalize("state", state.astype(np.float32))
-            self._prefill(Kind.S, torch.from_numpy(normal).to(self.model.device).unsqueeze(1))
-        self.committed = False
+            self._advance(Kind.VC, latents, None)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows, in the given order."""
@@ -146,6 +141,15 @@ class Session:
 
     def _situation(self) -> Situation:
         return Situation(self.cache, [self.block] * self.batch, self.context, self.embodiment_B)
+
+    def _advance(self, kind: Kind, latents: Tensor, state: np.ndarray | None) -> None:
+        """Write a block's frames, and the state at the start of the next."""
+        self._prefill(kind, latents)
+        self.block += 1
+        self.committed = False
+        if state is not None:
+            normal = self.normalizer.normalize("state", state.astype(np.float32))
+            self._prefill(Kind.S, torch.from_numpy(normal).to(self.model.device).unsqueeze(1))
 
     def _prefill(self, kind: Kind, value: Tensor) -> None:
         self.model.prefill(self.cache, get_mode("skip").table, kind, value, [self.block] * self.batch, self.context, self.embodiment_B)
@@ -171,13 +175,15 @@ class Session:
         normal = self.normalizer.normalize("action", actions.astype(np.float32))
         return torch.from_numpy(normal).to(self.model.device)
 
-    def _check_observation(self, frames: np.ndarray, state: np.ndarray) -> None:
+    def _check_observation(self, frames: np.ndarray, state: np.ndarray | None) -> None:
         if not self.committed:
             raise ValueError("the actions of this block were not committed; call commit(executed) before observe(frames, state)")
         count = 1 if self.block == FIRST_BLOCK else self.policy.config.timeline.frames_per_block
         expected = (self.batch, count, *self.policy.config.codec.image_size, 3)
         if frames.shape != expected or frames.dtype != np.uint8:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (rows, frames, height, width, 3) = {expected}")
+        if state is None:
+            return
         if state.shape != (self.batch, self.dims.state_dim):
             raise ValueError(f"state has shape {state.shape}; expected (rows, state_dim) = {(self.batch, self.dims.state_dim)}")
         if not np.isfinite(state).all():

@@ -17,23 +17,25 @@ THETA = 10000.0
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of a run of tokens, each (..., L, 1, head_dim / 2) float32; `...` is empty or the batch."""
+    """Unit complex numbers of a run of tokens, (..., L, 1, head_dim / 2) complex64; `...` is empty or the batch."""
 
-    cos: Tensor
-    sin: Tensor
+    turn: Tensor
 
     @staticmethod
     def at(positions: Tensor, head_dim: int, device: torch.device | str = "cpu", theta: float = THETA) -> Rotary:
-        """Tables for positions (..., L, 3): time, row, column."""
+        """The rotation at positions (..., L, 3): time, row, column."""
         spatial = 2 * (head_dim // 6)
         angles = []
         for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
             frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             angles.append(positions[..., axis, None].double().cpu() * frequencies)
         angle = torch.cat(angles, dim=-1).unsqueeze(-2)
-        return Rotary(angle.cos().float().to(device), angle.sin().float().to(device))
+        return Rotary(torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device))
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys (B, L, H, D); computed in float32, returned in the dtype of `x`."""
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1).flatten(-2).type_as(x)
+        """Rotate queries or keys (B, L, H, D); computed in float32, returned in the dtype of `x`.
+
+        A pair of channels is one complex number: a single product, several times faster than writing out sines and cosines.
+        """
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.turn).flatten(-2).type_as(x)

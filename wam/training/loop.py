@@ -146,7 +146,7 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip, foreach=True)
         self.optimizer.step()
         self.ema.update(self.model, step + 1)
-        return losses, {"video": float(video), "action": float(action)}
+        return losses, {"video": float(video.detach()), "action": float(action.detach())}
 
     def _refuse_non_finite(self, loss: Tensor, losses: Losses, batch: dict[str, Any], step: int) -> None:
         if bool(torch.isfinite(loss)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class Meters:
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / LOG
         _keep_until(self.path, start)
-        self.bar = tqdm(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True, mininterval=1.0)
+        self.bar = tqdm(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0)
         self.board = _tensorboard(output / "tensorboard", start)
         self.shown: dict[str, float] = {}
         self.mark = (time.perf_counter(), start)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wam.codec.linear import LinearCodec
 from wam.config import Config
-from wam.flow import add_noise, velocity_target
+from wam.flow import add_noise, uniform, velocity_target
 from wam.model.wam import Window, WorldActionModel
 from wam.relations import Mode, get_mode
 from wam.timeline import Kind, training_layout
@@ -58,6 +58,8 @@ class Objective:
         self.config, self.model, self.codec = config, model, codec
         self.modes: list[Mode] = [get_mode(name) for name in config.training.modes]
         layout = training_layout(model.clock, config.timeline.blocks)
+        is_state_L = layout.kinds_L == int(Kind.S)
+        self.seeks_state_LL = (~is_state_L[:, None] & is_state_L[None, :]).to(model.device)
         self.masks_MLL = torch.stack([m.table.dense(layout, config.timeline.history) for m in self.modes]).to(model.device)
 
     def __call__(self, batch: dict[str, Any], generator: torch.Generator, mode: str | None = None) -> Losses:
@@ -68,7 +70,7 @@ class Objective:
         modes = [self.modes[i] for i in chosen]
         window, video_target, action_target = self._window(batch, modes, generator)
         context = self.model.encode_text(batch["instruction"])
-        mask = self.masks_MLL[torch.tensor(chosen, device=self.model.device)].unsqueeze(1)
+        mask = self._mask(chosen, generator)
         video, action = self.model(window, context, mask)
 
         device = self.model.device
@@ -83,6 +85,12 @@ class Objective:
             (action_error * action_seen).sum(1),
             action_seen.sum(1),
         )
+
+    def _mask(self, chosen: list[int], generator: torch.Generator) -> Tensor:
+        """(B, 1, L, L): each sample's mode; some samples go without states."""
+        hidden_B = uniform((len(chosen),), generator) < self.config.training.state_dropout
+        masks = self.masks_MLL[torch.tensor(chosen, device=self.model.device)]
+        return (masks & ~(hidden_B.to(masks.device)[:, None, None] & self.seeks_state_LL)).unsqueeze(1)
 
     def _window(self, batch: dict[str, Any], modes: list[Mode], generator: torch.Generator) -> tuple[Window, Tensor, Tensor]:
         device = self.model.device

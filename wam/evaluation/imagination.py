@@ -1,0 +1,154 @@
+"""Imagined rollouts on held-out episodes: from one frame, block after block, with nothing observed in between.
+
+    forward   the frame and the actions that were really executed      ->  what follows from them
+    imagine   the frame and the instruction                            ->  what the policy expects to happen (and the actions to it)
+
+What was imagined enters the memory as if it had been seen, and the next block is imagined from there.  Each clip is compared with what
+really followed and with the baseline that copies the first frame, over the pixels that move (see `wam.evaluation.images`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wam.config import Config, ImagineConfig
+from wam.data.dataset import EpisodeView, WindowDataset
+from wam.evaluation.images import MASK, beside, enlarge, moving_mask, psnr, ssim, strip, write_mp4, write_png
+from wam.files import write_json_atomic
+from wam.inference.session import Session
+from wam.model.sampling import Solver
+from wam.pretrained import Policy, from_pretrained
+
+log = logging.getLogger(__name__)
+MODES = ("forward", "imagine")
+RESULTS = "imagine.json"
+FPS = 10  # of the saved videos: slow enough to watch
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A stretch of a held-out episode.
+
+    Attributes:
+        frames: (1 + 4k blocks, H, W, 3) uint8.
+        state: (state_dim,) at the first frame.
+        executed: (blocks * A, action_dim), physical units.
+    """
+
+    episode: int
+    start: int
+    frames: np.ndarray
+    state: np.ndarray
+    executed: np.ndarray
+    instruction: str
+
+
+def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str | None = None) -> dict[str, Any]:
+    """Imagine held-out clips in both modes; writes `imagine.json`, videos and strips into `output`, and returns the results.
+
+    Args:
+        dataset: root of a LeRobot dataset with the training data's columns; default: the one the checkpoint was trained on.
+
+    Raises:
+        ValueError: no held-out episode is long enough.
+    """
+    policy = from_pretrained(checkpoint)
+    clips = held_out_clips(policy.config, config, dataset)
+    results: dict[str, Any] = {"checkpoint": str(checkpoint), "mask": MASK, "blocks": config.blocks, "solver_steps": config.steps, "modes": {}}
+    videos: dict[str, list[np.ndarray]] = {}
+    for mode in tqdm(MODES, desc="imagine", unit="mode"):
+        if mode not in policy.config.training.modes:
+            log.warning("the checkpoint was not trained in mode %r (training.modes: %s); left out", mode, ", ".join(policy.config.training.modes))
+            continue
+        videos[mode] = rollout(policy, clips, mode, config)
+        results["modes"][mode] = score(clips, videos[mode])
+    for index, clip in enumerate(clips[: config.videos]):
+        _show(clip, {mode: v[index] for mode, v in videos.items()}, output)
+    write_json_atomic(output / RESULTS, results)
+    return results
+
+
+def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None = None) -> list[Clip]:
+    """Clips spread over the validation episodes, and over each from its first frame to the last that leaves room.
+
+    Raises:
+        ValueError: none is long enough; says how long they are.
+    """
+    t = config.timeline
+    data = dataclasses.replace(config.data, root=dataset or config.data.root)
+    source = WindowDataset(data, t, "validation", image_size=config.codec.image_size)
+    steps = imagine.blocks * t.actions_per_block
+    episodes = {i: source.episode(i) for i in source.episodes}
+    room = {i: len(view.state) - steps for i, view in episodes.items() if len(view.state) > steps}
+    if not room:
+        longest = max(len(view.state) for view in episodes.values())
+        raise ValueError(f"imagine.blocks {imagine.blocks} x {t.actions_per_block} steps = {steps}, but the longest held-out episode has {longest} rows; use imagine.blocks={(longest - 1) // t.actions_per_block}")
+    rng = np.random.default_rng(imagine.seed)
+    order = sorted(room)
+    chosen = [order[i % len(order)] for i in range(imagine.clips)]
+    return [_clip(i, int(rng.integers(0, room[i])), episodes[i], steps, t.frame_stride) for i in chosen]
+
+
+def _clip(episode: int, start: int, view: EpisodeView, steps: int, stride: int) -> Clip:
+    return Clip(episode, start, view.frames[start : start + steps + 1 : stride], view.state[start], view.executed[start : start + steps], view.instruction)
+
+
+def rollout(policy: Policy, clips: Sequence[Clip], mode: str, config: ImagineConfig) -> list[np.ndarray]:
+    """Imagined frames (F, H, W, 3) of each clip, the given first frame included."""
+    embodiment = policy.config.data.embodiment
+    session = Session(policy, [c.instruction for c in clips], embodiment, [config.seed * 100_003 + i for i in range(len(clips))])
+    latents: list[Tensor] = [session.observe(np.stack([c.frames[:1] for c in clips]), np.stack([c.state for c in clips]))]
+    steps, solver = policy.config.timeline.actions_per_block, Solver(config.steps)
+    for block in range(config.blocks):
+        given = np.stack([c.executed[block * steps : (block + 1) * steps] for c in clips])
+        plan = session.plan(mode, solver, given if mode == "forward" else None)
+        acted = given if plan.actions is None else plan.actions
+        assert plan.imagined is not None
+        session.commit(acted)
+        session.imagine(plan.imagined)
+        latents.append(plan.imagined)
+    frames = policy.codec.decode(torch.cat(latents, dim=2)).cpu().numpy()
+    return [np.concatenate([c.frames[:1], f[1:]]) for c, f in zip(clips, frames, strict=True)]
+
+
+def score(clips: Sequence[Clip], imagined: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Means over clips of PSNR (moving pixels) and SSIM (whole frames), of the imagined video and of copying the first frame."""
+    rows = []
+    for clip, video in zip(clips, imagined, strict=True):
+        mask = moving_mask(clip.frames)
+        if not mask.any():
+            continue
+        real, still = clip.frames[1:], np.broadcast_to(clip.frames[:1], clip.frames[1:].shape)
+        rows.append(
+            {
+                "episode": clip.episode,
+                "start": clip.start,
+                "psnr_db": psnr(video[1:], real, mask),
+                "static_psnr_db": psnr(still, real, mask),
+                "ssim": ssim(video[1:], real),
+                "static_ssim": ssim(still, real),
+                "moving_fraction": float(mask.mean()),
+            }
+        )
+    if not rows:
+        raise ValueError("nothing moves in any of the clips; check the camera and the dataset")
+    means = {key: float(np.mean([r[key] for r in rows])) for key in ("psnr_db", "static_psnr_db", "ssim", "static_ssim", "moving_fraction")}
+    return {**means, "gain_db": means["psnr_db"] - means["static_psnr_db"], "clips": len(rows), "still_clips_left_out": len(clips) - len(rows), "per_clip": rows}
+
+
+def _show(clip: Clip, videos: dict[str, np.ndarray], output: Path) -> None:
+    """Real and imagined side by side as mp4, and as a strip."""
+    rows = [clip.frames, *videos.values()]
+    name = f"episode{clip.episode:04d}_{clip.start:04d}"
+    write_mp4(enlarge(beside(rows), 4), output / f"{name}_real_{'_'.join(videos)}.mp4", FPS)
+    write_png(strip(rows), output / f"{name}_real_{'_'.join(videos)}.png")
