@@ -2,8 +2,9 @@
 
 LeRobot v3.0 keeps many episodes in one mp4.  Encoding each episode by itself lets several processes do it and keeps what is finished;
 joining copies packets.  A keyframe every second frame makes random access cheap; no B-frames, so that packets are in display order and
-an episode's first frame is a keyframe.  The rate factor is low because the images are small: at 64 x 64 a frame takes about 0.7 kB, and
-what limits the quality is the halved resolution of colour.
+an episode's first frame is a keyframe.  The rate factor is low because the images are small: at 64 x 64 a frame takes about 0.7 kB at
+42 dB of luma, and what limits the quality is the halved resolution of colour.  x264's "macroblock tree" looks further ahead than a
+keyframe lasts, and makes one encoding in a hundred come out differently; without it, the same frames give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from wam.files import atomic_path
 
 CODEC, PIXEL_FORMAT = "h264", "yuv420p"
-_OPTIONS = {"crf": "14", "g": "2", "bf": "0", "preset": "medium", "threads": "1"}  # one thread: the same bytes everywhere
+_OPTIONS = {"crf": "16", "g": "2", "bf": "0", "preset": "medium", "threads": "1", "x264-params": "mbtree=0:rc-lookahead=0"}
 
 
 def encode_video(frames: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
