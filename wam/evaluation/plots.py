@@ -1,0 +1,356 @@
+"""Figures: the stream on its clock, who attends to whom, and how training went.
+
+Every figure is drawn from what the program itself uses (`TimelineConfig`, the relation table, `log.jsonl`), so a figure cannot
+disagree with the code.  A colour means the same everywhere: blue is video, orange is action, green is state; clean is the lighter of
+two.  All are from Okabe and Ito's palette, which people with any colour vision tell apart.  The suffix of the path chooses PNG or SVG.
+
+    TimelineConfig  -> draw_timeline           RelationTable -> mask_picture -> draw_masks           log.jsonl -> draw_learning_curves
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wam.config import TimelineConfig
+from wam.files import atomic_path
+from wam.relations import ALL, PAST, PAST_AND_SAME, SAME, get_mode
+from wam.timeline import Clock, Kind, Segment, training_layout
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, LINE, PAPER = "#24292f", "#6e7781", "#d5dbe1", "#ffffff"  # the report replaces these by its own, light or dark
+KIND_COLORS = {Kind.H: "#7d8590", Kind.S: "#009e73", Kind.VC: "#56b4e9", Kind.V: "#0072b2", Kind.AC: "#e69f00", Kind.A: "#d55e00"}
+KIND_NAMES = {
+    Kind.H: "H  first frame",
+    Kind.S: "S  state",
+    Kind.VC: "Vc  video, seen",
+    Kind.V: "V  video, noisy",
+    Kind.AC: "Ac  actions, executed",
+    Kind.A: "A  actions, noisy",
+}
+MODE_STYLES = {  # colour and marker: told apart without colour too
+    "skip": ("#9467bd", "o"),
+    "joint": ("#c9970c", "s"),
+    "joint_mutual": ("#cc6677", "D"),
+    "imagine": ("#1b9e8f", "^"),
+    "forward": ("#5b8fd6", "v"),
+    "inverse": ("#a0703c", "P"),
+    "video": ("#7f8c3b", "X"),
+    "action_only": ("#8a8f98", "*"),
+}
+DEMO_MODES = ("skip", "joint", "joint_mutual", "imagine", "forward")
+RELATION_WORDS = {PAST: "of earlier blocks", SAME: "of its own block", PAST_AND_SAME: "up to its own block", ALL: "always"}
+
+_DPI = 160
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "svg.hashsalt": "wam",  # the same file from the same data
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": FAINT,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+}
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of `width` x `height` inches that is written to `path` when the block ends."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib, which is not installed; run: pip install 'wam[train]'") from error
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=_DPI)
+
+
+# ------------------------------------------------------------------------------------------------ timeline
+
+
+def draw_timeline(config: TimelineConfig, path: Path) -> None:
+    """Two blocks of the stream on one clock: pixel frames, latents, states and actions.
+
+    The right edge of a frame is the control step at which it is seen; an action lasts from its left edge to its right.
+    """
+    blocks = 2
+    stride, steps = config.frame_stride, config.actions_per_block
+    frames, latents = blocks * config.frames_per_block, blocks * config.latents_per_block
+    wide = stride * config.temporal_stride
+    with _figure(path, 9.6, 2.75) as figure:
+        axes = figure.add_subplot()
+        _boxes(axes, 3, [(-stride, stride, "$p_{0}$"), *((j * stride, stride, f"$p_{{{j + 1}}}$") for j in range(frames))], PAPER, "pixel frames")
+        _boxes(axes, 2, [(-stride, stride, "H")], KIND_COLORS[Kind.H], "")
+        _boxes(axes, 2, [(j * wide, wide, f"$z_{{{j + 1}}}$") for j in range(latents)], KIND_COLORS[Kind.VC], "latent frames")
+        _boxes(axes, 1, [(b * steps, min(stride, steps), f"$S_{{{b}}}$") for b in range(blocks)], KIND_COLORS[Kind.S], "state")
+        _boxes(axes, 0, [(a, 1, f"$a_{{{a}}}$") for a in range(blocks * steps)], KIND_COLORS[Kind.AC], "actions")
+        for b in range(blocks + 1):
+            axes.axvline(b * steps, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        for b in range(blocks):
+            axes.text((b + 0.5) * steps, 3.62, f"block {b}", ha="center", va="bottom", fontsize=10, fontweight="bold")
+        axes.text(-0.5 * stride, 3.62, "first frame", ha="center", va="bottom", fontsize=8, color=FAINT)
+        _clock_axis(axes, -stride, blocks * steps)
+
+
+def _boxes(axes: Axes, row: float, boxes: Sequence[tuple[float, float, str]], color: str, name: str) -> None:
+    """A row of labelled boxes (left, width, label); labels are thinned to first and last where they would touch."""
+    from matplotlib.patches import FancyBboxPatch
+
+    gap, height = 0.1, 0.62
+    crowded = len(boxes) > 20
+    for index, (left, width, label) in enumerate(boxes):
+        plain = color == PAPER
+        box = FancyBboxPatch(
+            (left + gap / 2, row - height / 2),
+            width - gap,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.1",
+            facecolor=color,
+            edgecolor=FAINT if plain else "none",
+            linewidth=0.9,
+        )
+        axes.add_patch(box)
+        if not crowded or index in (0, len(boxes) - 1):
+            axes.text(left + width / 2, row, label, ha="center", va="center", fontsize=9, color=INK if plain else "#10151a")
+    if name:
+        axes.text(-0.012, row, name, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=10)
+
+
+def _clock_axis(axes: Axes, left: float, right: float) -> None:
+    axes.set_xlim(left - 0.15, right + 0.15)
+    axes.set_ylim(-0.55, 4.05)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    every = max(1, round(right / 16))
+    axes.set_xticks(range(0, int(right) + 1, every))
+    axes.set_xlabel("clock, in control steps")
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+
+@dataclass(frozen=True)
+class MaskPicture:
+    """What a mask's figure shows.
+
+    Attributes:
+        segments: of the training window, in order; rows and columns are their tokens.
+        key_kind_LL: (L, L) the kind of the key where the row's token may attend to the column's, -1 where it may not.
+        opened_LL: (L, L) True where the mode opens what `skip` keeps shut.
+    """
+
+    segments: tuple[Segment, ...]
+    key_kind_LL: npt.NDArray[np.int64]
+    opened_LL: npt.NDArray[np.bool_]
+
+
+def mask_picture(mode: str) -> MaskPicture:
+    """The attention of a small training window: two blocks of one latent frame with 2 x 2 patches, and four actions each."""
+    timeline = TimelineConfig(blocks=2, latents_per_block=1, actions_per_block=4, frame_stride=1)
+    layout = training_layout(Clock(timeline, (2, 2)), timeline.blocks)
+    seen = get_mode(mode).table.dense(layout).numpy()
+    base = get_mode("skip").table.dense(layout).numpy()
+    return MaskPicture(layout.segments, np.where(seen, layout.kinds_L.numpy()[None, :], -1), seen & ~base)
+
+
+def draw_mask(mode: str, path: Path) -> None:
+    """The attention mask of one mode: rows attend to columns, coloured by what the column is; what the mode opens is outlined."""
+    with _figure(path, 3.6, 3.75) as figure:
+        _mask_axes(figure.add_subplot(), mask_picture(mode))
+
+
+def draw_masks(modes: Sequence[str], path: Path) -> None:
+    """The masks of several modes in rows of three, with a key to the colours in the cell after the last."""
+    rows = len(modes) // 3 + 1
+    with _figure(path, 10.2, 3.75 * rows) as figure:
+        grid = figure.subplots(rows, 3, squeeze=False).flatten()
+        for axes, mode in zip(grid, modes, strict=False):
+            _mask_axes(axes, mask_picture(mode))
+            axes.set_title(mode, fontsize=12, fontweight="bold", pad=8)
+        for axes in grid[len(modes) :]:
+            axes.axis("off")
+        _kind_key(grid[len(modes)])
+
+
+def _mask_axes(axes: Axes, picture: MaskPicture) -> None:
+    from matplotlib.patches import Rectangle
+
+    gap = 0.12
+    sizes = [max(s.tokens, 2.4) for s in picture.segments]  # one state token is too thin for its label
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    starts = np.cumsum([0] + [s.tokens for s in picture.segments])
+    spans = list(zip(pairwise(starts), pairwise(edges), strict=True))
+    for (q0, q1), (top, bottom) in spans:
+        for (k0, k1), (left, right) in spans:
+            values, opened = picture.key_kind_LL[q0:q1, k0:k1], bool(picture.opened_LL[q0, k0])
+            assert (values == values[0, 0]).all(), "a relation holds between whole segments"
+            kind = int(values[0, 0])
+            color = LINE if kind < 0 else KIND_COLORS[Kind(kind)]
+            alpha = 0.45 if kind < 0 else 1.0 if opened else 0.62
+            box = (left + gap, top + gap), right - left - 2 * gap, bottom - top - 2 * gap
+            axes.add_patch(Rectangle(*box, facecolor=color, alpha=alpha, linewidth=0))
+            if opened:
+                axes.add_patch(Rectangle(*box, fill=False, edgecolor=INK, linewidth=1.6))
+    _mask_labels(axes, picture.segments, (edges[:-1] + edges[1:]) / 2, float(edges[-1]))
+
+
+def _mask_labels(axes: Axes, segments: Sequence[Segment], centres: npt.NDArray[np.float64], end: float) -> None:
+    names = [s.kind.label if s.kind is Kind.H else f"{s.kind.label}$_{s.block}$" for s in segments]
+    axes.set_xlim(0, end)
+    axes.set_ylim(end, 0)
+    axes.set_aspect("equal")
+    axes.xaxis.tick_top()
+    axes.set_xticks(centres, names, color=INK, fontsize=8.5)
+    axes.set_yticks(centres, names, color=INK, fontsize=8.5)
+    axes.tick_params(length=0, pad=2)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _kind_key(axes: Axes) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=KIND_COLORS[k], alpha=0.62, label=KIND_NAMES[k]) for k in Kind]
+    handles += [Patch(facecolor=LINE, alpha=0.45, label="not seen"), Patch(facecolor=PAPER, edgecolor=INK, linewidth=1.6, label="opened beyond skip")]
+    axes.legend(
+        handles=handles, loc="center", fontsize=10, labelspacing=0.75, handlelength=1.4, handleheight=1.3, title="rows attend to columns\n", title_fontsize=11
+    )
+
+
+# ------------------------------------------------------------------------------------------------ learning curves
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The records of a `log.jsonl`; a last line cut off by a crash is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no training log {path}; `wam train` writes it")
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def draw_learning_curves(log: Path, path: Path) -> None:
+    """Video loss, action loss and open-loop action error over the steps of a training log.
+
+    Raises:
+        FileNotFoundError: there is no log.
+        ValueError: the log holds no losses yet.
+    """
+    records = read_log(log)
+    if not any(key.startswith(("train/", "val/")) for record in records for key in record):
+        raise ValueError(f"{log} holds {len(records)} records and no losses; train for at least training.log_every steps")
+    with _figure(path, 10.2, 3.5) as figure:
+        panels = figure.subplots(1, 3)
+        for axes, part, kind in ((panels[0], "video", Kind.V), (panels[1], "action", Kind.A)):
+            axes.set_title(f"{part} loss")
+            _loss_curves(axes, records, part, KIND_COLORS[kind])
+        panels[2].set_title("action error, open loop")
+        _error_curves(panels[2], records)
+        for axes in panels:
+            _loss_axis(axes)
+        handles, labels = panels[0].get_legend_handles_labels()
+        more = zip(*panels[1].get_legend_handles_labels(), strict=True)
+        extra = [(h, label) for h, label in more if label not in labels]
+        handles, labels = handles + [h for h, _ in extra], labels + [label for _, label in extra]
+        if handles:
+            figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=8, handlelength=1.8, columnspacing=1.4)
+
+
+def _series(records: Sequence[dict[str, float]], key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Steps and values of one key."""
+    pairs = np.array([(r["step"], r[key]) for r in records if key in r], dtype=np.float64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def smooth(values: npt.NDArray[np.float64], decay: float = 0.9) -> npt.NDArray[np.float64]:
+    """Running mean that forgets with `decay`, without the bias of its start (Adam's correction, Kingma and Ba 2015, section 3)."""
+    mean, out = 0.0, np.empty_like(values)
+    for index, value in enumerate(values):
+        mean = decay * mean + (1 - decay) * value
+        out[index] = mean / (1 - decay ** (index + 1))
+    return out
+
+
+def _loss_curves(axes: Axes, records: Sequence[dict[str, float]], part: str, color: str) -> None:
+    steps, values = _series(records, f"train/{part}")
+    if len(steps):
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth(values), color=color, linewidth=1.8, label=f"training, {part} (smoothed)")
+    for mode, (tone, marker) in MODE_STYLES.items():
+        steps, values = _series(records, f"val/{mode}/{part}")
+        if len(steps):
+            axes.plot(steps, values, color=tone, marker=marker, markersize=4.5, linewidth=1.1, label=f"validation, {mode}")
+
+
+def _error_curves(axes: Axes, records: Sequence[dict[str, float]]) -> None:
+    rows = (
+        ("skip", "this model (skip)", MODE_STYLES["skip"][0], "-"),
+        ("hold", "repeat the last action", FAINT, "--"),
+        ("mean", "the average action", FAINT, ":"),
+    )
+    found = False
+    for key, label, color, line in rows:
+        steps, values = _series(records, f"val/action_mse/{key}")
+        if len(steps):
+            found = True
+            axes.plot(
+                steps, values, color=color, linestyle=line, linewidth=1.6, marker="o" if key == "skip" or len(steps) == 1 else None, markersize=4.5, label=label
+            )
+    if found:
+        axes.legend(fontsize=8, loc="best")
+    else:
+        axes.text(0.5, 0.5, "no held-out episodes", transform=axes.transAxes, ha="center", color=FAINT)
+
+
+def _loss_axis(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    if axes.lines:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="y", which="minor", length=0)
+
+
+def draw_readme_images(directory: Path) -> list[Path]:
+    """`timeline.png` and `masks.png` for the README; returns their paths."""
+    draw_timeline(TimelineConfig(), directory / "timeline.png")
+    draw_masks(DEMO_MODES, directory / "masks.png")
+    return [directory / "timeline.png", directory / "masks.png"]
