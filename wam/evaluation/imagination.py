@@ -92,9 +92,7 @@ def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None =
     room = {i: len(view.state) - steps for i, view in episodes.items() if len(view.state) > steps}
     if not room:
         longest = max(len(view.state) for view in episodes.values())
-        raise ValueError(
-            f"imagine.blocks {imagine.blocks} x {t.actions_per_block} steps = {steps}, but the longest held-out episode has {longest} rows; use imagine.blocks={(longest - 1) // t.actions_per_block}"
-        )
+        raise ValueError(f"imagine.blocks {imagine.blocks} x {t.actions_per_block} steps = {steps}, but the longest held-out episode has {longest} rows; use imagine.blocks={(longest - 1) // t.actions_per_block}")
     rng = np.random.default_rng(imagine.seed)
     order = sorted(room)
     chosen = [order[i % len(order)] for i in range(imagine.clips)]
@@ -145,13 +143,7 @@ def score(clips: Sequence[Clip], imagined: Sequence[np.ndarray]) -> dict[str, An
     if not rows:
         raise ValueError("nothing moves in any of the clips; check the camera and the dataset")
     means = {key: float(np.mean([r[key] for r in rows])) for key in ("psnr_db", "static_psnr_db", "ssim", "static_ssim", "moving_fraction")}
-    return {
-        **means,
-        "gain_db": means["psnr_db"] - means["static_psnr_db"],
-        "clips": len(rows),
-        "still_clips_left_out": len(clips) - len(rows),
-        "per_clip": rows,
-    }
+    return {**means, "gain_db": means["psnr_db"] - means["static_psnr_db"], "clips": len(rows), "still_clips_left_out": len(clips) - len(rows), "per_clip": rows}
 
 
 def _show(clip: Clip, videos: dict[str, np.ndarray], output: Path) -> None:
