@@ -75,7 +75,7 @@ def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(dataset
     with pytest.raises(ValueError, match=r"episodes_per_task 2, now 3.*delete"):
         collect(CollectConfig(**{**SMALL, "episodes_per_task": 3}), dataset)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="notes.txt"):
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
         collect(CollectConfig(**SMALL), tmp_path)
 
 
@@ -88,7 +88,7 @@ def test_wrong_settings_are_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
     with pytest.raises(RuntimeError, match=r"solved 0 of 15 attempts.*max_steps \(4\)"):
         collect(CollectConfig(episodes_per_task=1, max_steps=4), tmp_path / "b")
-    with pytest.raises(ValueError, match="corner9.*cameras:"):
+    with pytest.raises(ValueError, match=r"corner9.*cameras:"):
         collect(CollectConfig(camera="corner9", workers=1), tmp_path / "c")
 
 
@@ -100,7 +100,7 @@ def test_what_is_finished_is_kept_and_said(tmp_path: Path, monkeypatch: pytest.M
         raise error
 
     monkeypatch.setattr(collecting, "_gather", fail)
-    with pytest.raises(type(error), match="1 finished episodes are kept in .*the same command goes on"):
+    with pytest.raises(type(error), match=r"1 finished episodes are kept in .*the same command goes on"):
         collect(CollectConfig(), tmp_path)
 
 

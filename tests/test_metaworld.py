@@ -110,7 +110,7 @@ def test_actions_are_clipped_and_checked(env: Environment) -> None:
     beyond = env.run(np.full((4, 4), 9.0), 4)
     env.reset(3)
     assert np.array_equal(beyond.frames, env.run(np.ones((4, 4)), 4).frames)
-    with pytest.raises(ValueError, match="nan.*finite"):
+    with pytest.raises(ValueError, match=r"nan.*finite"):
         env.run(np.full((2, 4), np.nan), 1)
     with pytest.raises(ValueError, match=r"\(2, 3\).*expected \(2, 4\)"):
         env.run(np.zeros((2, 3)), 1)

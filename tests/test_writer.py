@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     good, video = columns(0, 3), frames(0, 3)
     with pytest.raises(ValueError, match=r"missing \['next.done'\], unknown \['done'\]"):
         out.add_episode({"action": good["action"], "next.reward": good["next.reward"], "done": good["next.done"]}, {KEY: video}, "open")
-    with pytest.raises(ValueError, match="lengths.*'next.done': 3"):
+    with pytest.raises(ValueError, match=r"lengths.*'next.done': 3"):
         out.add_episode(good | {"action": good["action"][:2]}, {KEY: video}, "open")
     with pytest.raises(ValueError, match=r"action is float64 \(4,\).*float32"):
         out.add_episode(good | {"action": good["action"].astype(np.float64)}, {KEY: video}, "open")

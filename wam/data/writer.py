@@ -86,7 +86,8 @@ class LeRobotWriter:
 
         Args:
             columns: every feature that is no video, (T, *shape) or (T,) for shape [1], in its declared dtype.
-            videos: every video feature: frames (T, H, W, 3) uint8, or (file made by `encode_video`, its `pixel_histogram`); such a file must stay until `finalize`.
+            videos: every video feature: frames (T, H, W, 3) uint8, or (file made by `encode_video`, its `pixel_histogram`);
+                such a file must stay until `finalize`.
             task: the instruction.
             extras: more columns of the episodes table, e.g. the seed.
 

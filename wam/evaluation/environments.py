@@ -85,9 +85,8 @@ def make_env(name: str, **settings: Any) -> Environment:
     """
     suite, _, task = name.partition("/")
     if suite not in SUITES:
-        raise ValueError(
-            f"environment {name!r} names no known suite{_nearest(suite, SUITES)}; suites: {', '.join(SUITES)}; write <suite>/<task>, e.g. metaworld/drawer-open-v3"
-        )
+        known = f"suites: {', '.join(SUITES)}; write <suite>/<task>, e.g. metaworld/drawer-open-v3"
+        raise ValueError(f"environment {name!r} names no known suite{_nearest(suite, SUITES)}; {known}")
     return SUITES[suite](task, settings)
 
 
