@@ -74,7 +74,7 @@ class Gate:
                 f"the plan of row {row} holds {actions[row, step, dimension]} at action {step}, dimension {dimension}; nothing was sent to the robot"
             )
         slack = TOLERANCE * (self.high - self.low)
-        outside = ((actions < self.low - slack) | (actions > self.high + slack)).any(axis=-1)
+        outside = np.asarray(((actions < self.low - slack) | (actions > self.high + slack)).any(axis=-1), np.bool_)
         return np.clip(actions, self.low, self.high).astype(np.float32), outside
 
 
