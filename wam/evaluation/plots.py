@@ -53,7 +53,7 @@ DEMO_MODES = ("skip", "joint", "joint_mutual", "imagine", "forward")
 RELATION_WORDS = {PAST: "of earlier blocks", SAME: "of its own block", PAST_AND_SAME: "up to its own block", ALL: "always"}
 
 _DPI = 160
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # the stubs of matplotlib 3.11 want a literal type of all its keys
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "svg.hashsalt": "wam",  # the same file from the same data
@@ -117,7 +117,7 @@ def draw_timeline(config: TimelineConfig, path: Path) -> None:
             axes.axvline(b * steps, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         for b in range(blocks):
             axes.text((b + 0.5) * steps, 3.62, f"block {b}", ha="center", va="bottom", fontsize=10, fontweight="bold")
-        axes.text(-0.5 * stride, 3.62, "first frame", ha="center", va="bottom", fontsize=8, color=FAINT)
+        axes.text(-0.5 * stride, 3.62, "start", ha="center", va="bottom", fontsize=9, color=FAINT)
         _clock_axis(axes, -stride, blocks * steps)
 
 
@@ -279,12 +279,15 @@ def draw_learning_curves(log: Path, path: Path) -> None:
         _error_curves(panels[2], records)
         for axes in panels:
             _loss_axis(axes)
-        handles, labels = panels[0].get_legend_handles_labels()
-        more = zip(*panels[1].get_legend_handles_labels(), strict=True)
-        extra = [(h, label) for h, label in more if label not in labels]
-        handles, labels = handles + [h for h, _ in extra], labels + [label for _, label in extra]
-        if handles:
-            figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=8, handlelength=1.8, columnspacing=1.4)
+        _shared_legend(figure, panels)
+
+
+def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for the two loss panels: the training curves, then each mode once."""
+    named = {label: handle for axes in panels[:2] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    labels = sorted(named, key=lambda label: not label.startswith("training"))
+    if labels:
+        figure.legend([named[label] for label in labels], labels, loc="outside lower left", ncols=4, fontsize=8, handlelength=1.8, columnspacing=1.4)
 
 
 def _series(records: Sequence[dict[str, float]], key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -338,6 +341,7 @@ def _loss_axis(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     axes.set_xlabel("step")
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
