@@ -47,7 +47,7 @@ class Losses:
             for part, total, count in (("video", self.video_sum_B, self.video_count_B), ("action", self.action_sum_B, self.action_count_B)):
                 n = count[rows].sum()
                 if n > 0:
-                    out[f"{name}/{part}"] = float(total[rows].sum() / n)
+                    out[f"{name}/{part}"] = float(total[rows].detach().sum() / n)
         return out
 
 

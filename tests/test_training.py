@@ -1,0 +1,155 @@
+"""Training on the committed sample: two clips can be memorised, a resumed run equals an uninterrupted one, bad numbers stop it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tiny import SMALL
+
+from wam.config import Config, load_config
+from wam.data.dataset import collate
+from wam.inference.session import Session
+from wam.model.sampling import Solver
+from wam.model.wam import WorldActionModel
+from wam.pretrained import Policy, from_pretrained
+from wam.training import loop
+from wam.training.loop import NonFiniteLoss, datasets, fit_codec, train
+from wam.training.objective import Objective
+from wam.training.state import STATE
+
+SAMPLE = Path(__file__).parents[1] / "data" / "metaworld_sample"
+
+
+def _config(*overrides: str) -> Config:
+    data = (f"data.root={SAMPLE}", "data.executed_action=action.executed", "codec.image_size=[64, 64]", "codec.fit_frames=200", "timeline.blocks=2")
+    quick = ("training.batch_size=4", "training.warmup_steps=1", "training.validation_batches=1", "training.precision=fp32", "training.log_every=1")
+    return load_config(None, (*SMALL, *data, *quick, *overrides))
+
+
+def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config("training.steps=4", "training.save_every=2", "training.validate_every=4")
+    train(config, tmp_path / "whole")
+
+    real_step, calls = loop._Run._step, []
+
+    def interrupted(self: loop._Run, batch: dict, step: int, progress: float):  # noqa: ANN202
+        if step == 3 and not calls:
+            calls.append(step)
+            raise KeyboardInterrupt
+        return real_step(self, batch, step, progress)
+
+    monkeypatch.setattr(loop._Run, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts")
+    train(config, tmp_path / "parts")
+
+    whole, parts = (safetensors.torch.load_file(tmp_path / name / STATE) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and len(whole) > 100
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]] == [1, 2, 3, 4, 4, 4]
+    assert all(a.get("train/video") == b.get("train/video") for a, b in zip(*logs, strict=True))
+
+
+def test_a_run_with_another_config_is_refused(tmp_path: Path) -> None:
+    train(_config("training.steps=1"), tmp_path)
+    with pytest.raises(ValueError, match="another config"):
+        train(_config("training.steps=1", "training.learning_rate=1e-5"), tmp_path)
+    train(_config("training.steps=2"), tmp_path)  # going on for longer is the same run
+
+
+def test_a_damaged_state_says_what_to_do(tmp_path: Path) -> None:
+    train(_config("training.steps=1"), tmp_path)
+    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read .* delete it"):
+        train(_config("training.steps=1"), tmp_path)
+
+
+def test_a_non_finite_loss_stops_and_names_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = WorldActionModel.forward_train
+
+    def broken(self, window, context, mask):  # noqa: ANN001, ANN202
+        video, action = real(self, window, context, mask)
+        return video, action * float("nan")
+
+    monkeypatch.setattr(WorldActionModel, "forward", broken)
+    with pytest.raises(NonFiniteLoss, match="non_finite_batch.json"):
+        train(_config("training.steps=1"), tmp_path)
+    named = json.loads((tmp_path / "non_finite_batch.json").read_text())
+    assert named["step"] == 0 and len(named["samples"]) == 4 and {"episode", "start", "mode"} == set(named["samples"][0])
+
+
+def test_validation_stands_beside_its_baselines_and_a_checkpoint_loads(tmp_path: Path) -> None:
+    checkpoint = train(_config("training.steps=1"), tmp_path)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert {"val/action_mse/skip", "val/action_mse/hold", "val/action_mse/mean", "val/imagine/video", "val/forward/action"} <= set(last)
+    policy = from_pretrained(checkpoint)
+    assert policy.control_hz == 80 and "open" in " ".join(policy.meta["tasks"]).lower()
+    state = safetensors.torch.load_file(tmp_path / STATE)
+    assert torch.equal(policy.model.action_decoder.table, state["ema.action_decoder.table"])
+
+
+def test_a_checkpoint_whose_config_does_not_match_is_refused(tmp_path: Path) -> None:
+    checkpoint = train(_config("training.steps=1"), tmp_path)
+    text = (checkpoint / "config.yaml").read_text()
+    (checkpoint / "config.yaml").write_text(text.replace("ffn_dim: 64", "ffn_dim: 72"))
+    with pytest.raises(ValueError, match=r"sizes differ: backbone.blocks.0.ffn.*checkpoint \(64, 48\), config \(72, 48\)"):
+        from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").write_bytes(b"0" * 50)
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        from_pretrained(checkpoint)
+
+
+def test_mixing_modes_does_not_rescale_a_loss() -> None:
+    """A batch's loss is a mean over supervised elements: video-only samples beside others leave the action loss as it was."""
+    config = _config("training.modes={skip: 1, video: 1, action_only: 1}")
+    data, _ = datasets(config)
+    model = WorldActionModel(config)
+    objective = Objective(config, model, fit_codec(config, data))
+    batch = collate([data[i] for i in (0, 5, 10, 15)])
+    losses = objective(batch, torch.Generator().manual_seed(0), "video")
+    assert float(losses.action()) == 0 and losses.action_count_B.sum() == 0 and float(losses.video().detach()) > 0
+    losses.video().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.action_decoder.parameters())
+    only = objective(batch, torch.Generator().manual_seed(0), "action_only")
+    both = objective(batch, torch.Generator().manual_seed(0), "skip")
+    torch.testing.assert_close(only.action(), both.action())
+
+
+def _memorise(config: Config, steps: int) -> tuple[Policy, dict, Objective]:
+    """Train on two windows of the sample until they are known by heart."""
+    torch.manual_seed(0)
+    data, _ = datasets(config)
+    codec, model = fit_codec(config, data), WorldActionModel(config)
+    batch = collate([data[0], data[len(data) // 2]] * 8)
+    objective, optimizer = Objective(config, model, codec), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (steps - step) / (steps / 2))
+        losses = objective(batch, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (losses.video() + losses.action()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert data.normalizer is not None
+    policy = Policy(config, model.eval().requires_grad_(False), codec, data.normalizer.to_dict(), {"control_hz": 80})
+    return policy, batch, objective
+
+
+def test_two_clips_can_be_memorised_and_are_sampled_back() -> None:
+    """Through the path a robot uses: sampled actions match the labels, in every mode that predicts them."""
+    config = _config("model.ffn_dim=128", "model.heads=2", "model.head_dim=48", "training.state_dropout=0")
+    policy, batch, objective = _memorise(config, 400)
+    final = objective(batch, torch.Generator().manual_seed(99))
+    assert float(final.action()) < 0.05
+    pair = {k: v[:2] for k, v in batch.items()}
+    session = Session(policy, pair["instruction"], "metaworld", [0, 1])
+    states = session.normalizer.unnormalize("state", pair["state"].numpy())
+    session.observe(pair["frames"][:, :1].numpy(), states[:, 0])
+    label = session.normalizer.unnormalize("action", pair["action"][:, :8].numpy())
+    for mode in ("skip", "joint", "joint_mutual", "imagine"):
+        error = abs(session.plan(mode, Solver(8)).actions - label).mean()
+        assert error < 0.1, f"{mode}: {error}"
+    moving = abs(label[0] - label[1]).mean()
+    assert moving > 0.2, "the two clips must differ, or matching them shows nothing"
