@@ -66,7 +66,7 @@ def demo(config: Config, task: str = DEFAULT_TASK, output: Path | None = None) -
             imagined = imagine(checkpoint, config.imagine, output / "imagine")
         results = {
             "task": task,
-            "modes": {mode: _without(figures) for mode, figures in driven["modes"].items()},
+            "modes": {mode: _without(figures, "episode_results") for mode, figures in driven["modes"].items()},
             "baselines": baselines,
             "imagination": {mode: _without(figures, "per_clip") for mode, figures in imagined["modes"].items()},
             "versions": {"python": platform.python_version(), **{name: v for name in PACKAGES if (v := _version(name))}},
@@ -156,7 +156,7 @@ def memory_of_tree(root: int) -> int:
 
 
 def _without(figures: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in figures.items() if key not in names and not (key == "episodes" and isinstance(value, list))}
+    return {key: value for key, value in figures.items() if key not in names}
 
 
 def _version(name: str) -> str | None:
