@@ -277,6 +277,21 @@ def test_filming_changes_nothing(policy: Policy) -> None:
     assert film.clips(1)["real"].shape == film.clips(1)["imagined"].shape == (20, SIDE, SIDE, 3)
 
 
+def test_imagined_frames_lie_beside_those_that_came(policy: Policy) -> None:
+    """Row 2 stands second in the batch when row 1 is over; of 4 imagined frames, the 3 that came in time are shown."""
+    film, rng = Film(Driver(policy, "joint", Solver(1), 8, 0), [1, 3, 5], [2], control_hz=80), np.random.default_rng(0)
+    latents = torch.randn(2, policy.config.codec.channels, 1, *policy.model.latent_size)
+    frames = rng.integers(0, 255, (3, SIDE, SIDE, 3), dtype=np.uint8)
+    result = StepResult(frames, np.zeros((6, 4), np.float32), np.zeros(6, np.float32), np.zeros(6, np.bool_), False)
+    session: Any = None  # not asked when a plan holds imagined latents
+    for _ in range(2):
+        film.planned(session, [0, 2], Plan(None, latents, {}), np.zeros((2, 8, 4), np.float32), 1.0)
+        film.ran([0, 2], [result, result])
+    expected = policy.codec.decode(latents, first=False).numpy()[1, :3]
+    np.testing.assert_array_equal(film.clips(2)["imagined"], np.concatenate([expected, expected]))
+    np.testing.assert_array_equal(film.clips(2)["real"], np.concatenate([frames, frames]))
+
+
 def test_an_interrupted_run_goes_on(checkpoint: Path, fake: type[FakeVector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rollout(checkpoint, settings(), tmp_path / "whole")
     waves = []
