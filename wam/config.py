@@ -132,6 +132,7 @@ class CodecConfig:
     image_size: tuple[int, int] = (64, 64)  # height, width in pixels
     patch: int = 8  # spatial stride in pixels
     channels: int = 24  # latent channels
+    whitening: float = 1.0  # 1: every channel has unit variance; 0: channels keep their share of it; between: in between
     fit_frames: int = 4000  # frames used to fit the linear codec
 
     def __post_init__(self) -> None:
@@ -141,6 +142,7 @@ class CodecConfig:
                 f"codec.image_size {side} {size} is not a multiple of codec.patch {self.patch} ({size} = {size // self.patch} x {self.patch} + {size % self.patch})",
                 f"use {size - size % self.patch} or {size + self.patch - size % self.patch}",
             )
+        _require(0 <= self.whitening <= 1, f"codec.whitening is {self.whitening}", "expected 0..1")
         limit = 3 * self.patch * self.patch
         _require(1 <= self.channels <= limit, f"codec.channels is {self.channels}", f"a {self.patch}x{self.patch} RGB patch has {limit} numbers; expected 1..{limit}")
 
@@ -178,6 +180,7 @@ class ModelConfig:
     ffn_dim: int = 768
     freq_dim: int = 64
     patch: tuple[int, int, int] = (1, 2, 2)
+    video_head: Literal["velocity", "sample"] = "velocity"  # what the video head puts out; pretrained Wan: the velocity
     embodiments: tuple[EmbodimentConfig, ...] = (EmbodimentConfig(),)
 
     def __post_init__(self) -> None:

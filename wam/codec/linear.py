@@ -38,7 +38,7 @@ class EncoderStream:
 
 
 class LinearCodec(nn.Module):
-    """Principal components of (4, patch, patch) RGB blocks; latents have unit variance per channel."""
+    """Principal components of (4, patch, patch) RGB blocks; latents have unit variance, per channel or (less whitened) on average."""
 
     temporal_stride = 4
 
@@ -71,7 +71,9 @@ class LinearCodec(nn.Module):
         basis = vectors[:, top].T
         sign = torch.sign(basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)))
         self.basis.copy_(basis * sign)
-        self.scale.copy_(variances[top].clamp_min(1e-12).sqrt())
+        deviation = variances[top].clamp_min(1e-12).sqrt()
+        scale = deviation**self.config.whitening
+        self.scale.copy_(scale * (deviation / scale).square().mean().sqrt())
 
     @torch.no_grad()
     def encode(self, frames_BFHWC: Tensor, first: bool = True) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from wam.flow import TIMESTEPS
 from wam.model.attention import attention
@@ -190,17 +190,45 @@ class Backbone(WanTransformer3DModel):
         raise RuntimeError("Backbone has no forward of its own; call WorldActionModel.forward_train, prefill or denoise")
 
 
-def initialise(module: nn.Module, generator_seed: int) -> None:
-    """Initialise a backbone that is trained from scratch: small normals for weights, zeros for biases and the video head."""
-    generator = torch.Generator().manual_seed(generator_seed)
-    for name, parameter in module.named_parameters():
+@torch.no_grad()
+def initialise(backbone: Backbone, seed: int) -> None:
+    """Initialise a backbone that is trained from scratch: a plain pre-norm transformer that modulation and text act on only as they learn to.
+
+    Weights are normal with variance 1 / fan-in; what is added to the residual stream is scaled down by the number of additions; shifts,
+    scales and the video head start at 0, gates at 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    additions = 3 * len(backbone.blocks)
+    for name, parameter in backbone.named_parameters():
         if "norm" in name:
             continue
-        with torch.no_grad():
-            if parameter.ndim >= 2 and "scale_shift_table" not in name:
-                fan_in = parameter[0].numel()
-                parameter.normal_(0, fan_in**-0.5, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            elif "scale_shift_table" in name:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+        if "scale_shift_table" in name:
+            parameter.zero_()
+            if name.startswith("blocks."):
+                parameter[:, [2, 5]] = 1
+        elif parameter.ndim < 2 or name.startswith("proj_out"):
+            parameter.zero_()
+        else:
+            deviation = parameter[0].numel() ** -0.5
+            if "time_proj" in name:
+                deviation *= 0.02
+            elif name.endswith(("to_out.0.weight", "ffn.net.2.weight")):
+                deviation *= additions**-0.5
+            parameter.normal_(0, deviation, generator=generator)
+    for block in backbone.blocks:
+        _look_at_the_same_place(block.attn1, backbone.config.attention_head_dim)
+
+
+def _look_at_the_same_place(attn: WanAttention, head_dim: int) -> None:
+    """Bias half of the heads, at first, to attend to their own row and column, at any time.
+
+    Most of a video is what was there before.  Constant queries and keys in the fastest rotary pairs of an axis make scores that
+    fall with the distance along it; without them a small network spends most of a short training on finding that out.
+    """
+    spatial = 2 * (head_dim // 6)
+    bias = torch.zeros(attn.heads, head_dim)
+    for axis in range(2):
+        first = head_dim - 2 * spatial + axis * spatial
+        bias[: attn.heads // 2, first], bias[: attn.heads // 2, first + 2] = 5.0, 3.0
+    attn.to_q.bias.copy_(bias.flatten())
+    attn.to_k.bias.copy_(bias.flatten())

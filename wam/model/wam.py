@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wam.config import Config
+from wam.flow import velocity_from_sample
 from wam.model.actions import ActionDecoder, ActionEncoder, StateEncoder
 from wam.model.attention import attention
 from wam.model.backbone import Attend, Backbone, Context, Levels, Modulation, initialise
@@ -101,7 +102,6 @@ class WorldActionModel(nn.Module):
                 num_layers=m.layers,
             )
             initialise(backbone, config.training.seed)
-            nn.init.zeros_(backbone.proj_out.weight)
         self.backbone = backbone
         self.text = ByteText(config.text)
         self.action_encoder = ActionEncoder(m.embodiments, backbone.width)
@@ -156,7 +156,7 @@ class WorldActionModel(nn.Module):
             return attention(rotary.rotate(q), rotary.rotate(k), v, mask_B1LL)
 
         x_BLD = self.backbone.run(x_BLD, modulation, context, lambda layer: attend)
-        video = self.backbone.video_head(x_BLD, modulation, layout.span(Kind.V), self.clock.grid)
+        video = self._video_head(x_BLD, modulation, layout, window.noisy_BCFHW, window.video_sigma_BF)
         return video, self._action_head(x_BLD, modulation, layout.span(Kind.A), window.embodiment_B)
 
     forward = forward_train  # what a wrapper (DDP, DeepSpeed, FSDP) calls, so that its hooks run
@@ -242,10 +242,18 @@ class WorldActionModel(nn.Module):
         x_BLD = self.backbone.run(x_BLD, modulation, context, attends)
         video = action = None
         if noisy.video_BCFHW is not None:
-            video = self.backbone.video_head(x_BLD, modulation, view.layout.span(Kind.V), self.clock.grid)
+            assert noisy.video_sigma is not None
+            video = self._video_head(x_BLD, modulation, view.layout, noisy.video_BCFHW, noisy.video_sigma.expand(len(x_BLD), 1))
         if noisy.action_BTA is not None:
             action = self._action_head(x_BLD, modulation, view.layout.span(Kind.A), embodiment_B)
         return video, action
+
+    def _video_head(self, x_BLD: Tensor, modulation: Modulation, layout: Layout, noisy_BCFHW: Tensor, sigma_BF: Tensor) -> Tensor:
+        """Velocity of the noisy video, whichever way the head puts it."""
+        out = self.backbone.video_head(x_BLD, modulation, layout.span(Kind.V), self.clock.grid)
+        if self.config.model.video_head == "velocity":
+            return out
+        return velocity_from_sample(noisy_BCFHW, out.float(), sigma_BF[:, None, :, None, None])
 
     def _action_head(self, x_BLD: Tensor, modulation: Modulation, tokens: slice, embodiment_B: Tensor) -> Tensor:
         shift, scale = modulation.head(self.action_decoder.table, tokens)

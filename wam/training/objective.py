@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wam.codec.linear import LinearCodec
 from wam.config import Config
-from wam.flow import add_noise, uniform, velocity_target
+from wam.flow import SMALLEST_SIGMA, add_noise, uniform, velocity_target
 from wam.model.wam import Window, WorldActionModel
 from wam.relations import Mode, get_mode
 from wam.timeline import Kind, training_layout
@@ -76,7 +76,7 @@ class Objective:
         device = self.model.device
         video_seen = self._video_seen(batch).to(device) & _predicts(modes, Kind.V, device)
         action_seen = (~batch["action_is_pad"]).to(device) & _predicts(modes, Kind.A, device)
-        video_error = (video.float() - video_target).square().mean(dim=(1, 3, 4))
+        video_error = (video.float() - video_target).square().mean(dim=(1, 3, 4)) * self._video_weight(window.video_sigma_BF)
         action_error = (action.float() - action_target).square().mean(dim=2)
         return Losses(
             [m.name for m in modes],
@@ -85,6 +85,12 @@ class Objective:
             (action_error * action_seen).sum(1),
             action_seen.sum(1),
         )
+
+    def _video_weight(self, sigma_BF: Tensor) -> Tensor:
+        """A head that puts out the data is judged on the data: its velocity's error is 1 / sigma times larger."""
+        if self.config.model.video_head == "velocity":
+            return torch.ones_like(sigma_BF)
+        return sigma_BF.clamp_min(SMALLEST_SIGMA).square()
 
     def _mask(self, chosen: list[int], generator: torch.Generator) -> Tensor:
         """(B, 1, L, L): each sample's mode; some samples go without states."""
