@@ -34,7 +34,7 @@ def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path: Path, monkeypat
 
     real_step, calls = loop._Run._step, []
 
-    def interrupted(self: loop._Run, batch: dict, step: int, progress: float):  # noqa: ANN202
+    def interrupted(self: loop._Run, batch: dict, step: int, progress: float):
         if step == 3 and not calls:
             calls.append(step)
             raise KeyboardInterrupt
@@ -63,19 +63,19 @@ def test_a_run_with_another_config_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_state_says_what_to_do(tmp_path: Path) -> None:
     train(_config("training.steps=1"), tmp_path)
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be read .* delete it"):
+    with pytest.raises(ValueError, match=r"cannot be read .* delete it"):
         train(_config("training.steps=1"), tmp_path)
 
 
 def test_a_non_finite_loss_stops_and_names_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = WorldActionModel.forward_train
 
-    def broken(self, window, context, mask):  # noqa: ANN001, ANN202
+    def broken(self, window, context, mask):
         video, action = real(self, window, context, mask)
         return video, action * float("nan")
 
     monkeypatch.setattr(WorldActionModel, "forward", broken)
-    with pytest.raises(NonFiniteLoss, match="non_finite_batch.json"):
+    with pytest.raises(NonFiniteLoss, match=r"non_finite_batch\.json"):
         train(_config("training.steps=1"), tmp_path)
     named = json.loads((tmp_path / "non_finite_batch.json").read_text())
     assert named["step"] == 0 and len(named["samples"]) == 4 and {"episode", "start", "mode"} == set(named["samples"][0])

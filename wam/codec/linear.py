@@ -41,6 +41,9 @@ class LinearCodec(nn.Module):
     """Principal components of (4, patch, patch) RGB blocks; latents have unit variance, per channel or (less whitened) on average."""
 
     temporal_stride = 4
+    mean: Tensor  # (rows, columns, features)
+    basis: Tensor  # (channels, features)
+    scale: Tensor  # (channels,)
 
     def __init__(self, config: CodecConfig):
         super().__init__()

@@ -94,7 +94,7 @@ def _heads(x: Tensor, attn: WanAttention) -> Tensor:
 class Block(WanTransformerBlock):
     """A Wan block whose self-attention is passed in; parameters and their names are diffusers' own."""
 
-    def forward(self, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend, layer: int = 0) -> Tensor:  # type: ignore[override]
+    def forward(self, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend, layer: int = 0) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.of(self.scale_shift_table)
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from wam.codec.linear import LinearCodec
 from wam.config import Config, save_config, to_dict
 from wam.data.dataset import WindowDataset, collate
-from wam.data.normalize import Normalizer
 from wam.data.sampler import WindowSampler, make_loader
 from wam.files import write_json_atomic
 from wam.model.wam import WorldActionModel
@@ -167,7 +166,7 @@ class _Run:
         chosen = np.linspace(0, len(self.held_out) - 1, count).round().astype(int)
         samples = [self.held_out[int(i)] for i in chosen]
         size = self.config.training.batch_size
-        batches = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+        batches: list[Any] = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
         own = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         _assign(self.model, self.ema.shadow)
         try:
@@ -180,7 +179,8 @@ class _Run:
         return torch.as_tensor(self.data.mean_action())
 
     def _save(self, step: int, elapsed: float) -> None:
-        normalizer: Normalizer = self.data.normalizer
+        normalizer = self.data.normalizer
+        assert normalizer is not None
         meta = {"step": step, "control_hz": self.data.fps, "tasks": self.data.instructions, "source": self.data.source}
         policy = Policy(self.config, self.model, self.codec, normalizer.to_dict(), meta)
         save_pretrained(policy, self.output / CHECKPOINT, weights=self.ema.shadow)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
