@@ -60,18 +60,18 @@ def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str 
         dataset: root of a LeRobot dataset with the training data's columns; default: the one the checkpoint was trained on.
 
     Raises:
-        ValueError: no held-out episode is long enough.
+        ValueError: no held-out episode is long enough, or nothing moves in any of them.
     """
     policy = from_pretrained(checkpoint)
     clips = held_out_clips(policy.config, config, dataset)
-    results: dict[str, Any] = {"checkpoint": str(checkpoint), "mask": MASK, "blocks": config.blocks, "solver_steps": config.steps, "modes": {}}
+    results: dict[str, Any] = {"checkpoint": str(checkpoint), "mask": MASK, "blocks": len(clips[0].executed) // policy.config.timeline.actions_per_block, "solver_steps": config.steps, "modes": {}}
     videos: dict[str, list[np.ndarray]] = {}
     for mode in tqdm(MODES, desc="imagine", unit="mode"):
         if mode not in policy.config.training.modes:
             log.warning("the checkpoint was not trained in mode %r (training.modes: %s); left out", mode, ", ".join(policy.config.training.modes))
             continue
         videos[mode] = rollout(policy, clips, mode, config)
-        results["modes"][mode] = score(clips, videos[mode])
+        results["modes"][mode] = {**score(clips, videos[mode]), "blocks": results["blocks"]}
     for index, clip in enumerate(clips[: config.videos]):
         _show(clip, {mode: v[index] for mode, v in videos.items()}, output)
     write_json_atomic(output / RESULTS, results)
@@ -79,23 +79,27 @@ def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str 
 
 
 def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None = None) -> list[Clip]:
-    """Clips spread over the validation episodes, and over each from its first frame to the last that leaves room.
+    """Clips spread over the validation episodes, each beginning anywhere that leaves room.
+
+    Clips are `imagine.blocks` long, or shorter where half of the episodes would have no room for that; a warning says so.
 
     Raises:
-        ValueError: none is long enough; says how long they are.
+        ValueError: not even one block fits; says how long the episodes are.
     """
     t = config.timeline
     data = dataclasses.replace(config.data, root=dataset or config.data.root)
     source = WindowDataset(data, t, "validation", image_size=config.codec.image_size)
-    steps = imagine.blocks * t.actions_per_block
     episodes = {i: source.episode(i) for i in source.episodes}
+    lengths = sorted(len(view.state) for view in episodes.values())
+    blocks = min(imagine.blocks, (lengths[len(lengths) // 2] - 1) // t.actions_per_block)
+    if blocks < 1:
+        raise ValueError(f"the held-out episodes have {lengths[0]} to {lengths[-1]} rows, and one block needs {t.actions_per_block + 1}; record longer episodes")
+    if blocks < imagine.blocks:
+        log.warning("clips of %d blocks instead of imagine.blocks %d: the held-out episodes have %d to %d rows", blocks, imagine.blocks, lengths[0], lengths[-1])
+    steps = blocks * t.actions_per_block
     room = {i: len(view.state) - steps for i, view in episodes.items() if len(view.state) > steps}
-    if not room:
-        longest = max(len(view.state) for view in episodes.values())
-        raise ValueError(f"imagine.blocks {imagine.blocks} x {t.actions_per_block} steps = {steps}, but the longest held-out episode has {longest} rows; use imagine.blocks={(longest - 1) // t.actions_per_block}")
     rng = np.random.default_rng(imagine.seed)
-    order = sorted(room)
-    chosen = [order[i % len(order)] for i in range(imagine.clips)]
+    chosen = [sorted(room)[i % len(room)] for i in range(imagine.clips)]
     return [_clip(i, int(rng.integers(0, room[i])), episodes[i], steps, t.frame_stride) for i in chosen]
 
 
@@ -109,7 +113,7 @@ def rollout(policy: Policy, clips: Sequence[Clip], mode: str, config: ImagineCon
     session = Session(policy, [c.instruction for c in clips], embodiment, [config.seed * 100_003 + i for i in range(len(clips))])
     latents: list[Tensor] = [session.observe(np.stack([c.frames[:1] for c in clips]), np.stack([c.state for c in clips]))]
     steps, solver = policy.config.timeline.actions_per_block, Solver(config.steps)
-    for block in range(config.blocks):
+    for block in range(len(clips[0].executed) // steps):
         given = np.stack([c.executed[block * steps : (block + 1) * steps] for c in clips])
         plan = session.plan(mode, solver, given if mode == "forward" else None)
         acted = given if plan.actions is None else plan.actions
