@@ -48,12 +48,12 @@ class EncoderStream:
         first = self.shape is None
         _check_frames(frames_BFHWC, first, self.codec.patch)
         batch, count, height, width, _ = frames_BFHWC.shape
-        self.shape = _same_shape(self.shape, (batch, height, width), "frames")
+        shape = _same_shape(self.shape, (batch, height, width), "frames")
         stride = self.codec.temporal_stride
         sizes = [1] * first + [stride] * (count // stride)
         memory = list(self.memory)  # kept only if every part succeeds: out of memory halfway leaves the stream where it was
         latents = [self.codec.encode_part(part, memory) for part in frames_BFHWC.split(sizes, dim=1)]
-        self.memory = memory
+        self.memory, self.shape = memory, shape
         return torch.cat(latents, dim=2)
 
     def select(self, rows: Sequence[int]) -> EncoderStream:
@@ -78,10 +78,10 @@ class DecoderStream:
         first = self.shape is None
         _check_latents(latents_BCFHW, self.codec.channels)
         batch, _, _, height, width = latents_BCFHW.shape
-        self.shape = _same_shape(self.shape, (batch, height, width), "latents")
+        shape = _same_shape(self.shape, (batch, height, width), "latents")
         memory = list(self.memory)
         frames = [self.codec.decode_part(part, memory, first and i == 0) for i, part in enumerate(latents_BCFHW.split(1, dim=2))]
-        self.memory = memory
+        self.memory, self.shape = memory, shape
         return torch.cat(frames, dim=1)
 
     def select(self, rows: Sequence[int]) -> DecoderStream:
@@ -98,6 +98,8 @@ class WanCodec(nn.Module):
     """
 
     temporal_stride = 4
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, vae: AutoencoderKLWan):
         """Wrap a VAE, which is frozen.
