@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from wam.files import writing
+
 LOG = "log.jsonl"
 
 
@@ -40,7 +42,7 @@ class Meters:
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Write one record at `step`: JSON line and TensorBoard scalars."""
-        with self.path.open("a") as log:
+        with writing(self.path), self.path.open("a") as log:
             log.write(json.dumps({"step": step, **values}) + "\n")
         if self.board is not None:
             for name, value in values.items():
