@@ -14,6 +14,7 @@ import argparse
 import errno
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ import yaml
 
 from wam import __version__
 from wam.config import ConfigError, ImagineConfig, RolloutConfig, from_dict, load_config
+from wam.files import is_disk_full
 
 T = TypeVar("T")
 
@@ -53,7 +55,7 @@ def run_main(handler: Callable[[], None], debug: bool = False) -> int:
         print(f"wam: {str(interrupt) or 'interrupted; run the same command again to go on'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if not (isinstance(error, MENDABLE) or _is_disk_full(error)):
+        if not (isinstance(error, MENDABLE) or is_disk_full(error)):
             raise
         if debug:
             traceback.print_exc()
@@ -62,18 +64,17 @@ def run_main(handler: Callable[[], None], debug: bool = False) -> int:
     return 0
 
 
-def _is_disk_full(error: Exception) -> bool:
-    """Python says so by number; libraries that write through other languages only in their text."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
-
-
 def _explain(error: Exception) -> str:
-    """One line for people."""
-    if _is_disk_full(error):
+    """One line for people; of a worker's traceback, its last line."""
+    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror and error.filename else ""
+    if is_disk_full(error) and (not said or said.endswith(os.strerror(errno.ENOSPC))):
         return f"disk is full: {getattr(error, 'filename', None) or Path.cwd()}; free some space and run the same command again, finished work is kept"
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    if said:
+        return said
+    what, traced, trace = str(error).partition("Traceback (most recent call last):")
+    if traced:
+        what += f" {trace.splitlines()[-1]} (--debug shows where)"
+    return " ".join(what.split()) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------ settings
