@@ -190,10 +190,17 @@ def test_the_backend_is_tried_or_the_remedy_named(monkeypatch: pytest.MonkeyPatc
     choose = gl.choose_backend.__wrapped__  # without the cache
     assert "invalid value" in (gl.probe("nonsense") or "")
     monkeypatch.setattr(gl.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(gl, "require_modules", lambda *names: None)
+    monkeypatch.setattr(gl, "probe", lambda backend: None if backend == "osmesa" else "no such library")
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     assert choose() == "osmesa"
+    monkeypatch.setenv("MUJOCO_GL", "bogus")  # the user's own choice is tried as well, but not once more in each worker
+    with pytest.raises(gl.RenderError, match=r"MUJOCO_GL=bogus: no such library.*libegl1.*unset MUJOCO_GL"):
+        choose()
+    with monkeypatch.context() as inside_a_worker:
+        inside_a_worker.setattr(gl.multiprocessing, "parent_process", lambda: object())
+        assert choose() == "bogus"
     monkeypatch.delenv("MUJOCO_GL")
-    monkeypatch.setattr(gl, "probe", lambda backend: None if backend == "osmesa" else "no such library")
     assert choose() == "osmesa"
     monkeypatch.setattr(gl, "probe", lambda backend: "no such library")
     with pytest.raises(gl.RenderError, match=r"egl: no such library.*libegl1.*libosmesa6"):

@@ -33,7 +33,7 @@ from wam.config import CollectConfig, to_dict
 from wam.data.writer import LeRobotWriter
 from wam.data.writer_stats import pixel_histogram
 from wam.data.writer_video import encode_video
-from wam.evaluation.environments import Floats, make_env
+from wam.evaluation.environments import Floats, make_env, require_simulator
 from wam.evaluation.metaworld_tasks import ACTION_NAMES, CONTROL_HZ, INSTRUCTIONS, STATE_NAMES
 from wam.evaluation.seeds import require_split
 from wam.evaluation.workers import Worker, WorkerError, Workers
@@ -52,6 +52,7 @@ def collect(config: CollectConfig, root: Path) -> None:
         root: the dataset's directory.
 
     Raises:
+        ImportError, RenderError: no simulator, or none that draws.
         ValueError: unknown task or camera, seeds outside the demonstration range, or a dataset made with other settings.
         FileExistsError: the directory holds something else.
         RuntimeError: an expert fails too often, or a simulator crashed.
@@ -64,6 +65,7 @@ def collect(config: CollectConfig, root: Path) -> None:
     for task in config.tasks:
         if task not in INSTRUCTIONS:
             make_env(f"metaworld/{task}")  # raises, naming the nearest
+    require_simulator()
     require_split((config.seed, config.seed + config.episodes_per_task - 1), "demonstration")
     staging = root / STAGING
     _open_staging(staging, _settings(config) | {"versions": _versions()})
@@ -164,7 +166,7 @@ def _answer(worker: Worker, name: str, seed: int) -> bool:
     try:
         return bool(worker.receive())
     except WorkerError as failure:
-        if isinstance(failure.error, (ValueError, OSError)):
+        if isinstance(failure.error, (ValueError, OSError, ImportError)):
             raise failure.error from None
         raise RuntimeError(f"metaworld/{name} crashed in the attempt of seed {seed}:\n{failure.text}") from failure
 

@@ -11,13 +11,14 @@ frames at the model's own stride.  An episode ends at its first success or after
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from wam.evaluation.gl import choose_backend, require_modules
 
 Frames = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -90,9 +91,19 @@ def make_env(name: str, **settings: Any) -> Environment:
     return SUITES[suite](task, settings)
 
 
+def require_simulator() -> None:
+    """Check that Meta-World can run and draw here, before anything is written for it.
+
+    Raises:
+        ImportError: the simulator is not installed; names the extra to install.
+        RenderError: the machine cannot render offscreen.
+    """
+    require_modules("metaworld", "mujoco", "gymnasium")
+    choose_backend()
+
+
 def _make_metaworld(task: str, settings: dict[str, Any]) -> Environment:
-    if importlib.util.find_spec("metaworld") is None:
-        raise ImportError("Meta-World is not installed; pip install 'wam[sim]'")
+    require_simulator()
     from wam.evaluation.metaworld import MetaWorldEnv
 
     return MetaWorldEnv(task, **settings)

@@ -2,12 +2,15 @@
 
 MuJoCo reads MUJOCO_GL once, when it is imported, and its default opens a window: on a server that fails late and obscurely.  So the
 choice is made first, by a short subprocess that really draws a sphere: the user's MUJOCO_GL if set, else EGL, else OSMesa.  The answer
-is written to the environment, where MuJoCo, and every worker process started afterwards, finds it without asking again.
+is written to the environment, where MuJoCo, and every worker process started afterwards, finds it without asking again (a worker is
+started by a process that has asked).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -51,29 +54,53 @@ def choose_backend() -> str:
     On macOS and Windows MuJoCo's own default is right, and is written as the empty string.
 
     Raises:
-        RenderError: neither draws.
+        ImportError: MuJoCo is not installed; names the extra to install.
+        RenderError: the user's choice, or neither, draws.
     """
+    require_modules("mujoco")
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
-    if chosen or platform.system() != "Linux":
+    if platform.system() != "Linux" or (chosen and multiprocessing.parent_process() is not None):
         return chosen
+    require_modules("OpenGL")
     failures = {}
-    for backend in ("egl", "osmesa"):
+    for backend in (chosen,) if chosen else ("egl", "osmesa"):
         failure = probe(backend)
         if failure is None:
             return backend
         failures[backend] = failure
     tried = "; ".join(f"{backend}: {failure}" for backend, failure in failures.items())
-    raise RenderError(f"MuJoCo cannot render offscreen here ({tried}); {REMEDY}, or set MUJOCO_GL yourself")
+    choice = "unset MUJOCO_GL to have one chosen" if chosen else "or set MUJOCO_GL yourself"
+    raise RenderError(f"MuJoCo cannot render offscreen here ({'MUJOCO_GL=' if chosen else ''}{tried}); {REMEDY}, {choice}")
+
+
+def require_modules(*names: str) -> None:
+    """Check that parts of the simulator are installed, without importing them.
+
+    Raises:
+        ImportError: names what is missing, and the extra to install.
+    """
+    missing = [name for name in names if not _is_installed(name)]
+    if missing:
+        raise ImportError(f"the simulator's {', '.join(missing)} cannot be imported; pip install 'wam[sim]'")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a broken import hook, or a module put out of action
+        return False
 
 
 def probe(backend: str, timeout: float = 60.0) -> str | None:
     """Draw one image with a backend in a subprocess; return None if it worked, else the last line of what went wrong."""
-    environment = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+    environment = {**os.environ, "MUJOCO_GL": backend} | ({"PYOPENGL_PLATFORM": backend} if backend in ("egl", "osmesa") else {})
     try:
         result = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return f"no image within {timeout:.0f} s"
     if "drawn" in result.stdout:  # PyOpenGL may complain while the process ends; the image was drawn all the same
         return None
+    if "object has no attribute 'glGetError'" in result.stderr:  # what PyOpenGL says where it found nothing to load
+        return "its library is not installed"
     errors = [line for line in result.stderr.splitlines() if line and not line.startswith(" ")]
     return next((line for line in errors if "Error" in line), errors[-1] if errors else f"exit code {result.returncode}")
