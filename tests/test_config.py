@@ -28,6 +28,7 @@ def test_overrides_are_typed_and_later_ones_win(tmp_path: Path) -> None:
             "training.modes={skip: 1}",
             "collect.tasks=[drawer-open-v3, door-open-v3]",
             "model.embodiments=[{name: arm, state_dim: 7, action_dim: 7}]",
+            "data.embodiment=arm",
             "rollout.replan=null",
         ],
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class CollectConfig:
         for name in ("episodes_per_task", "image_size", "max_steps", "workers"):
             _require(getattr(self, name) >= 1, f"collect.{name} is {getattr(self, name)}", "it must be at least 1")
         _require(self.image_size % 2 == 0, f"collect.image_size is {self.image_size}", "H.264 with 4:2:0 colour needs an even size")
+        _require(self.steps_after_success >= 0, f"collect.steps_after_success is {self.steps_after_success}", "it must be at least 0")
         _require(self.action_noise >= 0, f"collect.action_noise is {self.action_noise}", "a standard deviation cannot be negative")
 
 
@@ -136,7 +138,10 @@ class CodecConfig:
     fit_frames: int = 4000  # frames used to fit the linear codec
 
     def __post_init__(self) -> None:
+        for name in ("patch", "fit_frames"):
+            _require(getattr(self, name) >= 1, f"codec.{name} is {getattr(self, name)}", "it must be at least 1")
         for side, size in zip(("height", "width"), self.image_size, strict=True):
+            _require(size >= self.patch, f"codec.image_size {side} is {size}", f"it must hold at least one codec.patch of {self.patch} pixels")
             _require(
                 size % self.patch == 0,
                 f"codec.image_size {side} {size} is not a multiple of codec.patch {self.patch} ({size} = {size // self.patch} x {self.patch} + {size % self.patch})",
@@ -158,6 +163,8 @@ class TextConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "width", "layers", "heads"):
+            _require(getattr(self, name) >= 1, f"text.{name} is {getattr(self, name)}", "it must be at least 1")
         _require(self.width % self.heads == 0, f"text.width {self.width} is not a multiple of text.heads {self.heads}", "change one of them")
 
 
@@ -168,6 +175,10 @@ class EmbodimentConfig:
     name: str = "metaworld"
     state_dim: int = 4
     action_dim: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("state_dim", "action_dim"):
+            _require(getattr(self, name) >= 1, f"model.embodiments: {name} of {self.name!r} is {getattr(self, name)}", "it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -184,6 +195,10 @@ class ModelConfig:
     embodiments: tuple[EmbodimentConfig, ...] = (EmbodimentConfig(),)
 
     def __post_init__(self) -> None:
+        for name in ("layers", "heads", "ffn_dim"):
+            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}", "it must be at least 1")
+        _require(self.freq_dim >= 2 and self.freq_dim % 2 == 0, f"model.freq_dim is {self.freq_dim}", "sines and cosines need an even number")
+        _require(self.patch[0] == 1 and min(self.patch) >= 1, f"model.patch is {list(self.patch)}", "expected [1, height, width] in latents: every latent frame has its own tokens")
         _require(self.head_dim % 2 == 0 and self.head_dim >= 12, f"model.head_dim is {self.head_dim}", "rotary positions need an even head_dim of at least 12")
         names = [e.name for e in self.embodiments]
         _require(len(set(names)) == len(names) > 0, f"model.embodiments are {names}", "name each embodiment once, and at least one")
@@ -236,9 +251,16 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "validation_batches"):
+        for name in ("steps", "batch_size", "warmup_steps", "log_every", "validate_every", "save_every", "validation_batches"):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}", "it must be at least 1")
-        _require(len(self.modes) > 0 and all(p >= 0 for p in self.modes.values()) and sum(self.modes.values()) > 0, f"training.modes is {self.modes}", "give at least one mode a positive weight")
+        for name in ("learning_rate", "grad_clip"):
+            _require(0 < getattr(self, name) < math.inf, f"training.{name} is {getattr(self, name)}", "it must be positive and finite")
+        for name in ("weight_decay", "action_weight", "video_weight", "seed"):
+            _require(0 <= getattr(self, name) < math.inf, f"training.{name} is {getattr(self, name)}", "it must be at least 0 and finite")
+        _require(self.max_minutes is None or self.max_minutes > 0, f"training.max_minutes is {self.max_minutes}", "expected minutes above 0, or null for no limit")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"training.betas is {list(self.betas)}", "expected two numbers, 0 <= beta < 1")
+        weights = self.modes.values()
+        _require(all(0 <= p < math.inf for p in weights) and sum(weights) > 0, f"training.modes is {self.modes}", "weights are at least 0 and finite; give at least one mode a positive one")
         _require(0 <= self.state_dropout <= 1, f"training.state_dropout is {self.state_dropout}", "a probability lies in 0..1")
         _require(0 <= self.ema_decay < 1, f"training.ema_decay is {self.ema_decay}", "expected 0 (off) <= decay < 1")
 
@@ -302,11 +324,18 @@ class Config:
                 f"a latent frame is {latent} {'high' if axis == 'height' else 'wide'} (image {axis} {size} / codec.patch {self.codec.patch}), which model.patch {patch} does not divide",
                 f"use an image {axis} that is a multiple of {self.codec.patch * patch}",
             )
+        robots = [e.name for e in self.model.embodiments]
+        _require(self.data.embodiment in robots, f"data.embodiment is {self.data.embodiment!r}, but model.embodiments has {', '.join(robots)}", "name one of these, or add it with its sizes")
         replan = self.rollout.replan
         _require(
             replan is None or 1 <= replan <= self.timeline.actions_per_block,
             f"rollout.replan is {replan}, but a plan holds timeline.actions_per_block = {self.timeline.actions_per_block} control steps",
             f"use 1..{self.timeline.actions_per_block}",
+        )
+        _require(
+            replan is None or replan % self.timeline.frame_stride == 0,
+            f"rollout.replan is {replan}, but frames come every timeline.frame_stride = {self.timeline.frame_stride} control steps and a plan begins at a frame",
+            f"use a multiple of {self.timeline.frame_stride}",
         )
 
 
@@ -328,8 +357,10 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             raise FileNotFoundError(f"no config file {path}; configs in {path.parent}/: {near}")
         try:
             tree = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} holds a {type(tree).__name__}; expected sections with the keys {_names(Config)}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -337,9 +368,11 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
         node = tree
         *parents, last = key.split(".")
         for name in parents:
-            child = node.setdefault(name, {})
+            if node.get(name) is None:  # absent, or a section left empty
+                node[name] = {}
+            child = node[name]
             if not isinstance(child, dict):
-                raise ConfigError(f"override {override!r}: {name} is not a section")
+                raise ConfigError(f"override {override!r}: {name} is {child!r}, not a section")
             node = child
         try:
             node[last] = yaml.safe_load(value)
