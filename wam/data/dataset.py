@@ -112,7 +112,10 @@ class WindowDataset(Dataset[Sample]):
         self.image_size = (height, width) if image_size is None else (image_size[0], image_size[1])
         chosen = _episodes_of(self.lerobot, data, split)
         lengths = [self.lerobot.episodes[e].length for e in chosen]
-        self.table = window_table(lengths, timeline)
+        try:
+            self.table = window_table(lengths, timeline)
+        except ValueError as error:
+            raise DatasetError(f"{data.root}, {split} episodes: {error}") from error
         self.too_short = [chosen[p] for p in self.table.too_short]
         self.episodes = [e for e in chosen if e not in set(self.too_short)]
         self.table = window_table([self.lerobot.episodes[e].length for e in self.episodes], timeline)
@@ -256,7 +259,14 @@ def _rows(source: LeRobotDataset, episodes: list[int], key: str) -> np.ndarray:
     feature = source.feature(key)
     if len(feature.shape) > 1:
         raise DatasetError(f"feature {key!r} of {source.root} has shape {feature.shape}; a state or action is a vector, (dimensions,)")
-    return np.concatenate([source.read(e, key) for e in episodes]).astype(np.float32)
+    parts = [source.read(e, key).astype(np.float32) for e in episodes]
+    for episode, rows in zip(episodes, parts, strict=True):
+        if not np.isfinite(rows).all():
+            row, dimension = np.argwhere(~np.isfinite(rows))[0]
+            raise DatasetError(
+                f"{source.episodes[episode].data_file}: {key} of episode {episode} is {rows[row, dimension]} at row {row}, dimension {dimension}; repair the episode, or record it again"
+            )
+    return np.concatenate(parts)
 
 
 def _normal(normalizer: Normalizer | None, key: str, rows: np.ndarray) -> np.ndarray:

@@ -310,7 +310,7 @@ def _tasks_v30(path: Path) -> dict[int, str]:
 
 def _episode_v30(dataset: LeRobotDataset, row: dict[str, Any], cameras: list[str], tasks: dict[int, str]) -> Episode:
     root, info, index, length = dataset.root, dataset.info, int(row["episode_index"]), int(row["length"])
-    data_file = root / info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+    data_file = _place(root, "data_path", info["data_path"], chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
     instructions = tuple(row.get("tasks") or ())
     if not instructions and len(tasks) == 1:
         instructions = tuple(tasks.values())
@@ -339,8 +339,15 @@ def _span_v30(dataset: LeRobotDataset, row: dict[str, Any], camera: str, index: 
     template = dataset.info.get("video_path")
     if not template:
         raise DatasetError(f"{dataset.root / 'meta/info.json'} lists the camera {camera} but has no video_path; add the template LeRobot writes")
-    path = dataset.root / template.format(video_key=camera, chunk_index=part["chunk_index"], file_index=part["file_index"])
+    path = _place(dataset.root, "video_path", template, video_key=camera, chunk_index=part["chunk_index"], file_index=part["file_index"])
     return VideoSpan(path, start, end, first)
+
+
+def _place(root: Path, name: str, template: str, **where: Any) -> Path:
+    try:
+        return root / template.format(**where)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{root / 'meta/info.json'}: {name} {template!r} does not take {', '.join(where)}; copy or record the dataset again") from error
 
 
 def _some(numbers: list[int]) -> str:

@@ -134,6 +134,7 @@ class DecordReader:
     def __init__(self, path: Path):
         import decord
 
+        decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is said once, by an error
         self.path = path
         self.video = decord.VideoReader(str(path), num_threads=1)
 
