@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -26,15 +27,18 @@ from torch import Tensor
 from wam.codec.linear import LinearCodec
 from wam.config import Config, save_config, to_dict
 from wam.data.dataset import WindowDataset, collate
+from wam.data.lerobot import LeRobotDataset
 from wam.data.sampler import WindowSampler, make_loader
 from wam.files import write_json_atomic
 from wam.model.wam import WorldActionModel
 from wam.pretrained import Policy, save_pretrained
+from wam.relations import get_mode
 from wam.training.meters import Meters
 from wam.training.objective import Losses, Objective
 from wam.training.state import STATE, Ema, load_state, save_state
 from wam.training.validation import validate
 
+log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint"
 
 
@@ -49,6 +53,8 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
         NonFiniteLoss: with the path of the file that names the batch.
         ValueError: the dataset does not fit the config, or `output` holds a run with another config.
     """
+    for mode in config.training.modes:
+        get_mode(mode)  # an unknown one shows before anything is read
     torch.manual_seed(config.training.seed)
     data, held_out = datasets(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,12 +73,38 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
 
 def datasets(config: Config) -> tuple[WindowDataset, WindowDataset | None]:
     """Training windows and held-out windows (None where nothing is held out), normalised by the training rows' statistics."""
+    _check_sizes(config)
     data = WindowDataset(config.data, config.timeline, "train", image_size=config.codec.image_size)
+    _report_left_out(data, "training")
     normalizer = data.fit_normalizer()
     data.normalizer = normalizer
     if config.data.validation_fraction == 0:
         return data, None
-    return data, WindowDataset(config.data, config.timeline, "validation", normalizer, image_size=config.codec.image_size)
+    held_out = WindowDataset(config.data, config.timeline, "validation", normalizer, image_size=config.codec.image_size)
+    _report_left_out(held_out, "validation")
+    return data, held_out
+
+
+def _check_sizes(config: Config) -> None:
+    """Compare the robot's sizes with the dataset's columns, before frames are decoded."""
+    robots, data = config.model.embodiments, LeRobotDataset(config.data.root)
+    robot = next(e for e in robots if e.name == config.data.embodiment)
+    for what, column, size in (("state_dim", config.data.state, robot.state_dim), ("action_dim", config.data.action, robot.action_dim)):
+        found = math.prod(data.feature(column).shape)
+        if found != size:
+            raise ValueError(
+                f"{config.data.root}: {column!r} has {found} dimensions, but model.embodiments gives {robot.name!r} {what} {size}; set {what} to {found}, or name another column in data"
+            )
+        widest = max(getattr(e, what) for e in robots)
+        if widest != size:
+            raise ValueError(f"model.embodiments has {what} {size} for {robot.name!r} and {widest} for another; this version trains robots of one size: list only those")
+
+
+def _report_left_out(data: WindowDataset, split: str) -> None:
+    if data.too_short:
+        some = ", ".join(map(str, data.too_short[:8])) + (", ..." if len(data.too_short) > 8 else "")
+        a, count = data.timeline.actions_per_block, len(data.too_short)
+        log.warning("%d of %d %s episodes are left out (%s): shorter than one block, %d + 1 rows", count, count + len(data.episodes), split, some, a)
 
 
 def fit_codec(config: Config, data: WindowDataset) -> LinearCodec:
@@ -139,21 +171,22 @@ class _Run:
             losses = self.objective(batch, generator)
         video, action = losses.video(), losses.action()
         loss = t.video_weight * video + t.action_weight * action
-        self._refuse_non_finite(loss, losses, batch, step)
+        self._refuse_non_finite("loss", loss, losses, batch, step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip, foreach=True)
+        self._refuse_non_finite("gradient's norm", norm, losses, batch, step)  # before it spoils the weights, and a checkpoint with them
         self.optimizer.step()
         self.ema.update(self.model, step + 1)
         return losses, {"video": float(video.detach()), "action": float(action.detach())}
 
-    def _refuse_non_finite(self, loss: Tensor, losses: Losses, batch: dict[str, Any], step: int) -> None:
-        if bool(torch.isfinite(loss)):
+    def _refuse_non_finite(self, what: str, value: Tensor, losses: Losses, batch: dict[str, Any], step: int) -> None:
+        if bool(torch.isfinite(value)):
             return
         path = self.output / "non_finite_batch.json"
         rows = zip(batch["episode"].tolist(), batch["start"].tolist(), losses.modes, strict=True)
         write_json_atomic(path, {"step": step, "seed": self.config.training.seed, "samples": [{"episode": e, "start": s, "mode": m} for e, s, m in rows]})
-        raise NonFiniteLoss(f"the loss is {float(loss)} at step {step}; the batch's episodes, starts and modes are in {path}: check those samples with their statistics, or lower training.learning_rate")
+        raise NonFiniteLoss(f"the {what} is {float(value.detach())} at step {step}; the batch's episodes, starts and modes are in {path}: check those samples with their statistics, or lower training.learning_rate")
 
     def _log(self, losses: Losses, shown: dict[str, float], rate: float, progress: float) -> dict[str, float]:
         lr = self.optimizer.param_groups[0]["lr"]

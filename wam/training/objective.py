@@ -114,7 +114,7 @@ class Objective:
             clean_sigma_BF=clean_F,
             video_sigma_BF=video_F,
             action_sigma_BT=action_T,
-            embodiment_B=torch.zeros(len(state), dtype=torch.int64, device=device),
+            embodiment_B=torch.full((len(state),), self.model.embodiment_index(self.config.data.embodiment), device=device),
         )
         return window, velocity_target(latents[:, :, 1:], noise[1]), velocity_target(action, noise[2])
 

@@ -65,7 +65,7 @@ def _open_loop(objective: Objective, batch: dict[str, Any], generator: torch.Gen
     latents = objective.codec.encode(batch["frames"].to(model.device))
     state, executed = batch["state"].to(model.device), batch["executed"].to(model.device)
     size = len(state)
-    embodiment = torch.zeros(size, dtype=torch.int64, device=model.device)
+    embodiment = torch.full((size,), model.embodiment_index(objective.config.data.embodiment), device=model.device)
     context = model.backbone.prepare_context(model.encode_text(batch["instruction"]))
     cache = model.new_cache(size)
 
