@@ -73,9 +73,10 @@ def from_pretrained(directory: str | Path, device: str = "cpu") -> Policy:
     for name in (META, CONFIG, WEIGHTS, NORMALIZER):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is not a checkpoint: {name} is missing; give the directory that `wam train` wrote, e.g. runs/demo/train/checkpoint")
-    meta = json.loads((directory / META).read_text())
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{directory / META} has format {meta.get('format')!r}; this version reads {FORMAT!r}")
+    meta = _read_json(directory / META, ("format", "control_hz"))
+    if meta["format"] != FORMAT:
+        raise ValueError(f"{directory / META} has format {meta['format']!r}; this version reads {FORMAT!r}")
+    normalizer = _read_json(directory / NORMALIZER, ("version", "method", "clip", "keys"))
     config = load_config(directory / CONFIG)
     try:
         tensors = safetensors.torch.load_file(directory / WEIGHTS, device=device)
@@ -85,7 +86,19 @@ def from_pretrained(directory: str | Path, device: str = "cpu") -> Policy:
     _load(model, _part(tensors, "model."), directory)
     _load(codec, _part(tensors, "codec."), directory)
     model.eval().requires_grad_(False)
-    return Policy(config, model, codec, json.loads((directory / NORMALIZER).read_text()), meta)
+    return Policy(config, model, codec, normalizer, meta)
+
+
+def _read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON object with at least the keys that are needed."""
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged or incomplete: copy the checkpoint again") from error
+    missing = [key for key in needed if key not in tree] if isinstance(tree, dict) else list(needed)
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; the file is damaged or not a checkpoint's: copy the checkpoint again")
+    return tree
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
