@@ -25,6 +25,7 @@ from typing import Any
 
 from wam.config import Config, to_dict
 from wam.files import write_json_atomic
+from wam.relations import get_mode
 
 DEFAULT_TASK = "drawer-open-v3"
 RESULTS, STATE = "results.json", "demo_state.json"
@@ -49,7 +50,8 @@ def demo(config: Config, task: str = DEFAULT_TASK, output: Path | None = None) -
     from wam.training.loop import train
 
     env = f"metaworld/{task}"
-    make_env(env).close()  # an unknown task, or a machine that cannot render, shows before anything is written
+    _check_phases_fit(config)
+    make_env(env, camera=config.collect.camera).close()  # an unknown task, or a machine that cannot render, shows before anything is written
     output = output or Path("runs") / ("demo" if task == DEFAULT_TASK else f"demo-{task}")
     config = _for_task(config, task, output)
     checkpoint = output / "train" / "checkpoint"
@@ -79,6 +81,17 @@ def demo(config: Config, task: str = DEFAULT_TASK, output: Path | None = None) -
             report = write_report(output)
     write_json_atomic(output / RESULTS, {**watch.figures(), **results})
     return report
+
+
+def _check_phases_fit(config: Config) -> None:
+    """What a later phase would refuse, after the time that the earlier ones took."""
+    for mode in (*config.training.modes, *config.rollout.modes):
+        get_mode(mode)
+    recorded, height_width = f"observation.images.{config.collect.camera}", config.codec.image_size
+    if config.data.cameras != (recorded,):
+        raise ValueError(f"data.cameras is {list(config.data.cameras)}, but collect.camera {config.collect.camera!r} records {recorded}; set data.cameras=[{recorded}]")
+    if height_width[0] != height_width[1]:
+        raise ValueError(f"codec.image_size is {list(height_width)}, but the simulator's images are square; use e.g. [{height_width[0]}, {height_width[0]}]")
 
 
 def _for_task(config: Config, task: str, output: Path) -> Config:
