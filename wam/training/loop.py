@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ class _Run:
         meters = Meters(self.output, t.steps, step)
         loader = iter(make_loader(self.data, self.sampler, self.config.data.workers, step))
         self.model.train()
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # bf16 queries meet float32 norm weights: meant
         try:
             while (progress := self._progress(step, begun)) < 1:
                 losses, shown = self._step(next(loader), step, progress)
