@@ -69,7 +69,7 @@ def choose_backend() -> str:
             return backend
         failures[backend] = failure
     tried = "; ".join(f"{backend}: {failure}" for backend, failure in failures.items())
-    choice = "unset MUJOCO_GL to have one chosen" if chosen else "or set MUJOCO_GL yourself"
+    choice = "or unset MUJOCO_GL to have one chosen" if chosen else "or set MUJOCO_GL yourself"
     raise RenderError(f"MuJoCo cannot render offscreen here ({'MUJOCO_GL=' if chosen else ''}{tried}); {REMEDY}, {choice}")
 
 
