@@ -110,7 +110,7 @@ def test_mixing_modes_does_not_rescale_a_loss() -> None:
     objective = Objective(config, model, fit_codec(config, data))
     batch = collate([data[i] for i in (0, 5, 10, 15)])
     losses = objective(batch, torch.Generator().manual_seed(0), "video")
-    assert float(losses.action()) == 0 and losses.action_count_B.sum() == 0 and float(losses.video().detach()) > 0
+    assert float(losses.action().detach()) == 0 and losses.action_count_B.sum() == 0 and float(losses.video().detach()) > 0
     losses.video().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.action_decoder.parameters())
     only = objective(batch, torch.Generator().manual_seed(0), "action_only")
