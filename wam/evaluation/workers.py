@@ -1,6 +1,6 @@
 """Worker processes that answer requests over a pipe: the one way this package uses several cores.
 
-Workers are spawned, not forked (OpenGL and threads do not survive a fork), run single-threaded, ignore Ctrl-C (their parent decides),
+Workers are spawned, not forked (OpenGL and threads do not survive a fork), run single-threaded, never see Ctrl-C (their parent decides),
 and end by themselves when their parent is gone.  What goes wrong inside one comes back as text; a worker that dies is reported, never
 waited for.
 """
@@ -13,7 +13,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from types import TracebackType
 from typing import Any
 
@@ -42,7 +42,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make_handler, tuple(arguments)), daemon=True)
-        with _environment({**_SINGLE_THREAD, "MUJOCO_GL": choose_backend()}):
+        with _environment({**_SINGLE_THREAD, "MUJOCO_GL": choose_backend()}), _interrupts_held_back():
             self._process.start()
         theirs.close()
 
@@ -129,6 +129,20 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the block ends; a process started inside never sees it, not even while it imports what it needs."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # or the first process would start it, which lets signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Any, make_handler: Callable[..., Handler], arguments: tuple[Any, ...]) -> None:
