@@ -73,7 +73,8 @@ def _explain(error: Exception) -> str:
         return said
     what, traced, trace = str(error).partition("Traceback (most recent call last):")
     if traced:
-        what += f" {trace.splitlines()[-1]} (--debug shows where)"
+        last = trace.strip().rpartition("\n")[2]
+        what += f" {last} (--debug shows where)"
     return " ".join(what.split()) or type(error).__name__
 
 
