@@ -7,7 +7,7 @@ from tiny import tiny_config
 from wam.relations import BASE, MODES, LeakError, Mode, RelationTable, describe, get_mode
 from wam.timeline import Clock, Kind, Layout, training_layout
 
-H, S, VC, V, AC, A = Kind
+H, S, VC, V, AC, A, G = Kind
 
 
 def _picture(mode: str, kinds: str, blocks: int = 2) -> list[str]:

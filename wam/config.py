@@ -10,28 +10,18 @@ refused with the sum spelled out.  What is resolved is saved beside the run, so 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
+from wam.config_tree import ConfigError, from_dict, names, overlay, to_dict
+from wam.config_tree import require as _require
 from wam.files import write_text_atomic
-
-T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used; the message names the key, the value, what was expected and the remedy."""
-
-
-def _require(condition: bool, problem: str, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{problem}; {remedy}")
+from wam.presets import get_preset
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -89,18 +79,24 @@ class TimelineConfig:
         latents  H  | z1 ... zk    |       k latent frames a block (the codec folds 4 frames into one)
         state       | S            |       one, at the block's first control step
         actions     | a0 ... a(A-1)|       A control steps a block
+
+    With `first_frame: inside` (LingBot-VA) there is no H: the first frame is the first latent of block 0, and the actions that would lead
+    to it are padding.
     """
 
     blocks: int = 3  # N: blocks in a training window
     latents_per_block: int = 1  # k
     actions_per_block: int = 8  # A
     frame_stride: int = 2  # control steps between two frames
-    history: int = 2  # blocks back that attention reaches (the first frame counts as the block before the first)
+    history: int = 2  # how far back attention reaches, in `history_unit` (the first frame counts as the block before the first)
+    history_unit: Literal["block", "segment"] = "block"  # segment: a block's video and its actions count as one each (LingBot-VA)
+    first_frame: Literal["before", "inside"] = "before"  # H stands alone before block 0, or is the first latent of block 0
+    sink: bool = False  # the first frame stays visible however old it is
     temporal_stride: int = 4  # frames folded into one latent frame; 4 for every Wan codec
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            _require(getattr(self, f.name) >= 1, f"timeline.{f.name} is {getattr(self, f.name)}", "it must be at least 1")
+        for name in ("blocks", "latents_per_block", "actions_per_block", "frame_stride", "history", "temporal_stride"):
+            _require(getattr(self, name) >= 1, f"timeline.{name} is {getattr(self, name)}", "it must be at least 1")
         frames = self.latents_per_block * self.temporal_stride
         steps = frames * self.frame_stride
         _require(
@@ -109,6 +105,7 @@ class TimelineConfig:
             f"x frame_stride {self.frame_stride} = {steps} control steps, but actions_per_block is {self.actions_per_block}",
             f"set timeline.actions_per_block={steps}, or change frame_stride or latents_per_block",
         )
+        _require(not (self.sink and self.first_frame == "inside"), "timeline.sink is true, but with first_frame 'inside' no frame stands alone", "set timeline.sink=false")
 
     @property
     def frames_per_block(self) -> int:
@@ -117,13 +114,18 @@ class TimelineConfig:
 
     @property
     def frames(self) -> int:
-        """Pixel frames in a training window, 1 + 4kN: the first stands alone in its latent."""
-        return 1 + self.blocks * self.frames_per_block
+        """Pixel frames in a training window: the first stands alone in its latent, every later latent holds 4."""
+        return 1 + (self.latents - 1) * self.temporal_stride
 
     @property
     def latents(self) -> int:
-        """Latent frames in a training window, 1 + kN."""
-        return 1 + self.blocks * self.latents_per_block
+        """Latent frames in a training window: 1 + kN, or kN where the first frame is inside block 0."""
+        return self.blocks * self.latents_per_block + (self.first_frame == "before")
+
+    @property
+    def lead(self) -> int:
+        """Control steps of block 0 that lead to the first frame, of which nothing is known: padding (A / k where the first frame is inside)."""
+        return self.actions_per_block // self.latents_per_block if self.first_frame == "inside" else 0
 
 
 @dataclass(frozen=True)
@@ -175,16 +177,38 @@ class EmbodimentConfig:
     name: str = "metaworld"
     state_dim: int = 4
     action_dim: int = 4
+    action_channels: tuple[int, ...] = ()  # which channels of a wider, shared action vector are this robot's (LingBot-VA); empty: the first
 
     def __post_init__(self) -> None:
+        channels = self.action_channels
+        _require(
+            not channels or (len(set(channels)) == self.action_dim and min(channels) >= 0),
+            f"model.embodiments: action_channels of {self.name!r} are {list(channels)}",
+            f"list action_dim = {self.action_dim} different channels, from 0",
+        )
         for name in ("state_dim", "action_dim"):
             _require(getattr(self, name) >= 1, f"model.embodiments: {name} of {self.name!r} is {getattr(self, name)}", "it must be at least 1")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the backbone's linear layers (through peft); all that is not the backbone trains in full."""
+
+    rank: int = 16
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"model.lora.rank is {self.rank}", "it must be at least 1")
+        _require(len(self.targets) > 0, "model.lora.targets is empty", "name at least one linear layer, e.g. to_q")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network: a `diffusers.WanTransformer3DModel`, extended with action and state tokens."""
 
+    pretrained: str | None = None  # folder or Hub id of a Wan transformer in diffusers' layout that training starts from; its sizes must be those below
     layers: int = 6
     heads: int = 4
     head_dim: int = 48
@@ -192,21 +216,93 @@ class ModelConfig:
     freq_dim: int = 64
     patch: tuple[int, int, int] = (1, 2, 2)
     video_head: Literal["velocity", "sample"] = "velocity"  # what the video head puts out; pretrained Wan: the velocity
+    first_frame: Literal["token", "concat"] = "token"  # concat: mask and first frame are joined to every frame's channels (Wan2.1 I2V)
+    image_dim: int | None = None  # width of the image embeddings that cross-attention also sees (CLIP: 1280); null: none
+    expert_width: int | None = None  # width of an action expert with its own blocks and shared attention; null: actions share the video blocks
+    expert_ffn_dim: int | None = None  # default: 4 x expert_width
+    positions: Literal["time", "frame_fraction", "index"] = "time"  # of states and actions: on the video's clock; LingBot-VA's; 1-D over the whole head (DreamZero, Fast-WAM)
+    action_embed: Literal["level_mlp", "linear"] = "level_mlp"  # action and its level, mixed (DreamZero); or one projection (Fast-WAM, LingBot-VA)
+    action_head: Literal["modulated_mlp", "mlp", "linear", "modulated_linear"] = "modulated_mlp"  # ours; DreamZero; Fast-WAM; LingBot-VA
+    action_time: Literal["shared", "own"] = "shared"  # own: actions embed their levels with weights of their own (LingBot-VA; an expert always does)
+    state: Literal["token", "context", "none"] = "token"  # a token of its own; the last token of the text (Fast-WAM); not seen
+    state_level: Literal["clean", "action"] = "clean"  # action: the state is modulated by the level of its block's first action (DreamZero)
+    activation: Literal["silu", "relu"] = "silu"  # of the state encoder's and the action head's hidden layer
+    mlp_hidden: int | None = None  # width of that layer; default: the token's width
+    action_width: int | None = None  # numbers in an action vector, padded; default: the widest embodiment's
+    state_width: int | None = None  # likewise for states
+    embodiment_weights: Literal["own", "shared"] = "own"  # one set of encoders and decoders per embodiment, or one for all (DreamZero)
+    goal_image: bool = False  # the model can be given a goal image
+    attention: Literal["auto", "sdpa", "eager", "flex", "xformers", "flash"] = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
     embodiments: tuple[EmbodimentConfig, ...] = (EmbodimentConfig(),)
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "ffn_dim"):
-            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}", "it must be at least 1")
+        for name in ("layers", "heads", "ffn_dim", "image_dim", "expert_width", "expert_ffn_dim", "mlp_hidden", "action_width", "state_width"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}", "it must be at least 1")
         _require(self.freq_dim >= 2 and self.freq_dim % 2 == 0, f"model.freq_dim is {self.freq_dim}", "sines and cosines need an even number")
         _require(self.patch[0] == 1 and min(self.patch) >= 1, f"model.patch is {list(self.patch)}", "expected [1, height, width] in latents: every latent frame has its own tokens")
         _require(self.head_dim % 2 == 0 and self.head_dim >= 12, f"model.head_dim is {self.head_dim}", "rotary positions need an even head_dim of at least 12")
+        _require(self.expert_width is None or self.action_head != "modulated_linear", "model.action_head is 'modulated_linear', which shares the video head's table, but expert_width is set", "choose another head, or expert_width=null")
         names = [e.name for e in self.embodiments]
         _require(len(set(names)) == len(names) > 0, f"model.embodiments are {names}", "name each embodiment once, and at least one")
+        for what in ("action", "state"):
+            widest, width = max(self._span(e, what) for e in self.embodiments), getattr(self, f"{what}_width")
+            _require(width is None or width >= widest, f"model.{what}_width is {width}, but an embodiment has {widest} {what} channels", f"set it to at least {widest}, or to null")
+
+    @staticmethod
+    def _span(robot: EmbodimentConfig, what: str) -> int:
+        if what == "state":
+            return robot.state_dim
+        return max((robot.action_dim - 1, *robot.action_channels)) + 1
 
     @property
     def width(self) -> int:
         """D: heads x head_dim."""
         return self.heads * self.head_dim
+
+    @property
+    def token_width(self) -> int:
+        """Width of action and state tokens: the expert's, or D."""
+        return self.expert_width or self.width
+
+    @property
+    def actions(self) -> int:
+        """Numbers in a (padded) action vector."""
+        return self.action_width or max(self._span(e, "action") for e in self.embodiments)
+
+    @property
+    def states(self) -> int:
+        """Numbers in a (padded) state vector."""
+        return self.state_width or max(self._span(e, "state") for e in self.embodiments)
+
+
+@dataclass(frozen=True)
+class RelationsConfig:
+    """Cells of the relation table that differ from the base table, e.g. `{Ac->Vc: "<="}`; every mode opens its own on top (see `wam.relations`)."""
+
+    cells: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How plans are sampled, where nothing else is asked for; part of what a checkpoint was trained and published with."""
+
+    solver: Literal["euler", "unipc"] = "euler"
+    steps: int = 4
+    guidance: float = 1.0  # classifier-free guidance on video; 1: none
+    negative_prompt: str = ""  # the instruction of guidance's other side
+    video_stop: float = 0.0  # level at which imagined video stops before actions are read off it
+    video_final: float = 0.0  # level at which video ends while actions go on to 0 (DreamZero-Flash)
+    reuse: Literal["none", "mask", "similarity"] = "none"  # steps that take the last velocity instead of evaluating the network (DreamZero's DiT cache)
+    evaluations: int = 8  # with `mask`: how many of the steps are evaluated
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "evaluations"):
+            _require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}", "it must be at least 1")
+        for name in ("video_stop", "video_final"):
+            _require(0 <= getattr(self, name) < 1, f"sampling.{name} is {getattr(self, name)}", "a level to stop at lies in 0 <= level < 1")
+        _require(0 < self.guidance < math.inf, f"sampling.guidance is {self.guidance}", "it must be positive; 1 means none")
 
 
 @dataclass(frozen=True)
@@ -242,6 +338,10 @@ class TrainingConfig:
     action_weight: float = 1.0
     video_weight: float = 1.0
     state_dropout: float = 0.1  # probability that a sample's states are hidden, so that video can be imagined where no state is known
+    text_dropout: float = 0.0  # probability that a sample's instruction is the empty one: what guidance needs
+    goal_image: float = 0.0  # probability that a sample is given the window's last frame as its goal (needs model.goal_image)
+    predict_first_frame: bool = False  # the first frame is noised and predicted too (DreamZero)
+    reduction: Literal["supervised", "sample", "all"] = "supervised"  # errors over what is supervised in the batch; per sample first (Fast-WAM); over everything, padding included (DreamZero)
     modes: dict[str, float] = field(default_factory=lambda: {"skip": 0.3, "joint": 0.2, "joint_mutual": 0.1, "imagine": 0.2, "forward": 0.2})
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     log_every: int = 20
@@ -261,7 +361,8 @@ class TrainingConfig:
         _require(all(0 <= beta < 1 for beta in self.betas), f"training.betas is {list(self.betas)}", "expected two numbers, 0 <= beta < 1")
         weights = self.modes.values()
         _require(all(0 <= p < math.inf for p in weights) and sum(weights) > 0, f"training.modes is {self.modes}", "weights are at least 0 and finite; give at least one mode a positive one")
-        _require(0 <= self.state_dropout <= 1, f"training.state_dropout is {self.state_dropout}", "a probability lies in 0..1")
+        for name in ("state_dropout", "text_dropout", "goal_image"):
+            _require(0 <= getattr(self, name) <= 1, f"training.{name} is {getattr(self, name)}", "a probability lies in 0..1")
         _require(0 <= self.ema_decay < 1, f"training.ema_decay is {self.ema_decay}", "expected 0 (off) <= decay < 1")
 
 
@@ -304,13 +405,16 @@ class ImagineConfig:
 class Config:
     """Everything a run is."""
 
+    preset: str = "all"  # the published answers that lie under everything else; see `wam.presets`
     collect: CollectConfig = CollectConfig()
     data: DataConfig = DataConfig()
     timeline: TimelineConfig = TimelineConfig()
     codec: CodecConfig = CodecConfig()
     text: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig()
+    relations: RelationsConfig = field(default_factory=RelationsConfig)
     noise: NoiseConfig = NoiseConfig()
+    sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = field(default_factory=TrainingConfig)
     rollout: RolloutConfig = RolloutConfig()
     imagine: ImagineConfig = ImagineConfig()
@@ -324,6 +428,11 @@ class Config:
                 f"a latent frame is {latent} {'high' if axis == 'height' else 'wide'} (image {axis} {size} / codec.patch {self.codec.patch}), which model.patch {patch} does not divide",
                 f"use an image {axis} that is a multiple of {self.codec.patch * patch}",
             )
+        _require(
+            self.training.goal_image == 0 or self.model.goal_image,
+            f"training.goal_image is {self.training.goal_image}, but the model takes no goal image",
+            "set model.goal_image=true",
+        )
         robots = [e.name for e in self.model.embodiments]
         _require(self.data.embodiment in robots, f"data.embodiment is {self.data.embodiment!r}, but model.embodiments has {', '.join(robots)}", "name one of these, or add it with its sizes")
         replan = self.rollout.replan
@@ -360,7 +469,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
-            raise ConfigError(f"{path} holds a {type(tree).__name__}; expected sections with the keys {_names(Config)}")
+            raise ConfigError(f"{path} holds a {type(tree).__name__}; expected sections with the keys {names(Config)}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -378,96 +487,13 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             node[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    return from_dict(Config, tree)
+    try:
+        below = get_preset(tree.get("preset", Config.preset))
+    except ValueError as error:
+        raise ConfigError(f"preset: {error}") from error
+    return from_dict(Config, overlay(Config, below, tree))
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved config as YAML, atomically."""
     write_text_atomic(Path(path), yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def to_dict(value: Any) -> Any:
-    """Dataclasses to plain dictionaries and lists, as YAML and JSON write them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [to_dict(v) for v in value]
-    if isinstance(value, dict):
-        return {k: to_dict(v) for k, v in value.items()}
-    return value
-
-
-def from_dict(cls: type[T], tree: Any, where: str = "") -> T:
-    """Build a config dataclass from a plain dictionary, refusing unknown keys and wrong types.
-
-    Raises:
-        ConfigError: with the full key, the value, and the nearest right name or the expected type.
-    """
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{where or 'the config'} is {tree!r}; expected a section with keys {_names(cls)}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = {}
-    for key, value in tree.items():
-        full = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            raise ConfigError(f"unknown key {full!r}; {_nearest(str(key), known, where)}")
-        values[key] = _convert(hints[key], value, full)
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{where} is {value!r}; expected one of {', '.join(map(repr, args))}{_did_you_mean(str(value), [str(a) for a in args])}")
-        return value
-    if origin is tuple:
-        return _convert_tuple(args, value, where)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where} is {value!r}; expected a mapping")
-        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {kind.__name__}")
-
-
-def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where} is {value!r}; expected a list, e.g. [{value!r}]")
-    if args[-1] is Ellipsis:
-        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if len(value) != len(args):
-        raise ConfigError(f"{where} has {len(value)} entries; expected {len(args)}")
-    return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
-
-
-def _names(cls: Any) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(cls))
-
-
-def _nearest(key: str, known: set[str], where: str) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    prefix = f"{where}." if where else ""
-    if near:
-        return f"did you mean {prefix + near[0]!r}?"
-    return f"{where or 'the config'} has the keys {', '.join(sorted(known))}"
-
-
-def _did_you_mean(value: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -37,6 +37,7 @@ class Kind(IntEnum):
     V = 3  # noisy video, to be predicted
     AC = 4  # clean (executed) actions
     A = 5  # noisy actions, to be predicted
+    G = 6  # goal image
 
     @property
     def label(self) -> str:
@@ -44,7 +45,7 @@ class Kind(IntEnum):
         return {Kind.VC: "Vc", Kind.AC: "Ac"}.get(self, self.name)
 
 
-VIDEO_KINDS = frozenset({Kind.H, Kind.VC, Kind.V})
+VIDEO_KINDS = frozenset({Kind.H, Kind.VC, Kind.V, Kind.G})
 ACTION_KINDS = frozenset({Kind.AC, Kind.A})
 
 

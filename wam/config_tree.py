@@ -1,0 +1,129 @@
+"""Trees of plain dictionaries to typed, checked dataclasses, and back.
+
+What a config holds is `wam.config`; here is how any of it is read: unknown keys are refused with the nearest right name, wrong types
+with the expected one, and what stands in a file lies over what a preset says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the key, the value, what was expected and the remedy."""
+
+
+def require(condition: bool, problem: str, remedy: str) -> None:
+    """Refuse a config unless `condition` holds.
+
+    Raises:
+        ConfigError: "problem; remedy".
+    """
+    if not condition:
+        raise ConfigError(f"{problem}; {remedy}")
+
+
+def overlay(cls: Any, below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: sections are merged key by key, everything else (lists, tables of modes or cells) is replaced whole."""
+    hints = typing.get_type_hints(cls)
+    out = dict(below)
+    for key, value in above.items():
+        kind = hints.get(key)
+        section = next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None) if typing.get_origin(kind) is not tuple else None
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = overlay(section, out[key], value) if section is not None and both else value
+    return out
+
+
+def to_dict(value: Any) -> Any:
+    """Dataclasses to plain dictionaries and lists, as YAML and JSON write them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_dict(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_dict(v) for k, v in value.items()}
+    return value
+
+
+def from_dict(cls: type[T], tree: Any, where: str = "") -> T:
+    """Build a config dataclass from a plain dictionary, refusing unknown keys and wrong types.
+
+    Raises:
+        ConfigError: with the full key, the value, and the nearest right name or the expected type.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where or 'the config'} is {tree!r}; expected a section with keys {names(cls)}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in tree.items():
+        full = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            raise ConfigError(f"unknown key {full!r}; {_nearest(str(key), known, where)}")
+        values[key] = _convert(hints[key], value, full)
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where} is {value!r}; expected one of {', '.join(map(repr, args))}{_did_you_mean(str(value), [str(a) for a in args])}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(args, value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} is {value!r}; expected a mapping")
+        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {kind.__name__}")
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where} is {value!r}; expected a list, e.g. [{value!r}]")
+    if args[-1] is Ellipsis:
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(args):
+        raise ConfigError(f"{where} has {len(value)} entries; expected {len(args)}")
+    return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+
+
+def names(cls: Any) -> str:
+    """The keys of a section, for messages."""
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _nearest(key: str, known: set[str], where: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    prefix = f"{where}." if where else ""
+    if near:
+        return f"did you mean {prefix + near[0]!r}?"
+    return f"{where or 'the config'} has the keys {', '.join(sorted(known))}"
+
+
+def _did_you_mean(value: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
