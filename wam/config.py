@@ -87,7 +87,7 @@ class TimelineConfig:
     blocks: int = 3  # N: blocks in a training window
     latents_per_block: int = 1  # k
     actions_per_block: int = 8  # A
-    frame_stride: int = 2  # control steps between two frames
+    frame_stride: int | None = 2  # control steps between two frames; null: frames and control steps are not tied (no data can be read then)
     history: int = 2  # how far back attention reaches, in `history_unit` (the first frame counts as the block before the first)
     history_unit: Literal["block", "segment"] = "block"  # segment: a block's video and its actions count as one each (LingBot-VA)
     first_frame: Literal["before", "inside"] = "before"  # H stands alone before block 0, or is the first latent of block 0
@@ -96,16 +96,26 @@ class TimelineConfig:
 
     def __post_init__(self) -> None:
         for name in ("blocks", "latents_per_block", "actions_per_block", "frame_stride", "history", "temporal_stride"):
-            _require(getattr(self, name) >= 1, f"timeline.{name} is {getattr(self, name)}", "it must be at least 1")
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, f"timeline.{name} is {getattr(self, name)}", "it must be at least 1")
         frames = self.latents_per_block * self.temporal_stride
-        steps = frames * self.frame_stride
+        steps = frames * (self.frame_stride or 0)
         _require(
-            steps == self.actions_per_block,
+            self.frame_stride is None or steps == self.actions_per_block,
             f"timeline does not fit: latents_per_block {self.latents_per_block} x temporal_stride {self.temporal_stride} = {frames} frames a block, "
             f"x frame_stride {self.frame_stride} = {steps} control steps, but actions_per_block is {self.actions_per_block}",
             f"set timeline.actions_per_block={steps}, or change frame_stride or latents_per_block",
         )
         _require(not (self.sink and self.first_frame == "inside"), "timeline.sink is true, but with first_frame 'inside' no frame stands alone", "set timeline.sink=false")
+
+    @property
+    def stride(self) -> int:
+        """Control steps between two frames.
+
+        Raises:
+            ConfigError: frames and control steps are not tied.
+        """
+        _require(self.frame_stride is not None, "timeline.frame_stride is null, so no row of a dataset or simulator says when a frame is seen", "set it to the control steps between two frames")
+        return int(self.frame_stride or 0)
 
     @property
     def frames_per_block(self) -> int:
@@ -442,7 +452,7 @@ class Config:
             f"use 1..{self.timeline.actions_per_block}",
         )
         _require(
-            replan is None or replan % self.timeline.frame_stride == 0,
+            replan is None or self.timeline.frame_stride is None or replan % self.timeline.frame_stride == 0,
             f"rollout.replan is {replan}, but frames come every timeline.frame_stride = {self.timeline.frame_stride} control steps and a plan begins at a frame",
             f"use a multiple of {self.timeline.frame_stride}",
         )

@@ -57,7 +57,7 @@ def window_indices(length: int, start: int, timeline: TimelineConfig) -> WindowI
             f"no window starts at row {start} of an episode of {length} rows; {_arithmetic(timeline)}, so {f'0..{starts - 1} can start one' if starts else 'none can start one'}"
         )
     last = length - 1
-    frames = start + timeline.frame_stride * np.arange(timeline.frames)
+    frames = start + timeline.stride * np.arange(timeline.frames)
     state = start + timeline.actions_per_block * np.arange(timeline.blocks)
     action = start + np.arange(timeline.blocks * timeline.actions_per_block)
     return WindowIndices(

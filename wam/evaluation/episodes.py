@@ -104,7 +104,7 @@ class Memory:
     def __init__(self, session: Session, first: Observations) -> None:
         timeline = session.policy.config.timeline
         self.session = session
-        self._block, self._stride = timeline.actions_per_block, timeline.frame_stride
+        self._block, self._stride = timeline.actions_per_block, timeline.stride
         self._reach = (timeline.blocks - 1) * timeline.actions_per_block  # control steps that can lie before the planned block
         self._frames, self._states = first.frames, first.states[:, None]
         self._executed = np.zeros((session.batch, 0, session.dims.action_dim), np.float32)
@@ -196,7 +196,7 @@ class Driver:
             elapsed = (time.perf_counter() - start) * 1e3
             for watcher in watchers:
                 watcher.planned(session, rows, plan, sent, elapsed)
-            results = env.run(sent[:, : self.replan], rows, timeline.frame_stride)
+            results = env.run(sent[:, : self.replan], rows, timeline.stride)
             for watcher in watchers:
                 watcher.ran(rows, results)
             tally.add(rows, results, outside)

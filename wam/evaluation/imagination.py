@@ -100,7 +100,7 @@ def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None =
     room = {i: len(view.state) - steps for i, view in episodes.items() if len(view.state) > steps}
     rng = np.random.default_rng(imagine.seed)
     chosen = [sorted(room)[i % len(room)] for i in range(imagine.clips)]
-    return [_clip(i, int(rng.integers(0, room[i])), episodes[i], steps, t.frame_stride) for i in chosen]
+    return [_clip(i, int(rng.integers(0, room[i])), episodes[i], steps, t.stride) for i in chosen]
 
 
 def _clip(episode: int, start: int, view: EpisodeView, steps: int, stride: int) -> Clip:

@@ -103,7 +103,7 @@ def draw_timeline(config: TimelineConfig, path: Path) -> None:
     The right edge of a frame is the control step at which it is seen; an action lasts from its left edge to its right.
     """
     blocks = 2
-    stride, steps = config.frame_stride, config.actions_per_block
+    stride, steps = config.stride, config.actions_per_block
     frames, latents = blocks * config.frames_per_block, blocks * config.latents_per_block
     wide = stride * config.temporal_stride
     with _figure(path, 9.6, 2.75) as figure:

@@ -147,9 +147,9 @@ def check_settings(policy: Policy, config: RolloutConfig) -> None:
     timeline, replan = policy.config.timeline, replan_of(policy, config)
     if not 1 <= replan <= timeline.actions_per_block:
         raise ValueError(f"rollout.replan is {replan}, but a plan of this checkpoint holds {timeline.actions_per_block} control steps; use 1..{timeline.actions_per_block}")
-    if replan % timeline.frame_stride:
-        allowed = ", ".join(str(n) for n in range(timeline.frame_stride, timeline.actions_per_block + 1, timeline.frame_stride))
-        raise ValueError(f"rollout.replan is {replan}, but frames come every {timeline.frame_stride} control steps and a plan begins at a frame; use one of {allowed}")
+    if replan % timeline.stride:
+        allowed = ", ".join(str(n) for n in range(timeline.stride, timeline.actions_per_block + 1, timeline.stride))
+        raise ValueError(f"rollout.replan is {replan}, but frames come every {timeline.stride} control steps and a plan begins at a frame; use one of {allowed}")
     _warn_of_seeds(policy, config)
 
 
@@ -323,7 +323,7 @@ class Film(Watcher):
     def __init__(self, driver: Driver, seeds: Sequence[int], rows: Sequence[int], control_hz: float) -> None:
         self._driver, self._seeds = driver, seeds
         self._forward = driver.policy.config.training.modes.get("forward", 0) > 0
-        self._rate = control_hz / driver.policy.config.timeline.frame_stride  # frames a second, in the robot's time
+        self._rate = control_hz / driver.policy.config.timeline.stride  # frames a second, in the robot's time
         self._real: dict[int, list[Frames]] = {row: [] for row in rows}
         self._imagined: dict[int, list[Frames]] = {row: [] for row in rows}
         self._expected: dict[int, Frames] = {}
