@@ -43,7 +43,7 @@ def test_overrides_are_typed_and_later_ones_win(tmp_path: Path) -> None:
 def test_unknown_keys_come_with_the_nearest_name() -> None:
     assert refused("training.step=5") == "unknown key 'training.step'; did you mean 'training.steps'?"
     assert refused("trainin.steps=5") == "unknown key 'trainin'; did you mean 'training'?"
-    assert "text has the keys heads, kind, layers, max_tokens, width" in refused("text.zzz=1")
+    assert "text has the keys cache, dtype, heads, kind, layers, max_tokens, pretrained, template, width" in refused("text.zzz=1")
     assert "unknown key 'model.embodiments[0].state_dims'" in refused("model.embodiments=[{state_dims: 4}]")
 
 

@@ -140,9 +140,11 @@ class TimelineConfig:
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Video <-> latents."""
+    """Video <-> latents: principal components fitted on the dataset (`linear`), or a pretrained Wan VAE (`wan`; 2.1: patch 8, 16 channels; 2.2: patch 16, 48)."""
 
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear", "wan"] = "linear"
+    pretrained: str | None = None  # wan: folder in diffusers' layout (with `vae/`) or Hub id; null: the checkpoint's own folder holds it
+    dtype: Literal["float32", "bfloat16"] = "float32"  # wan: what the VAE computes in; it is meant for float32
     image_size: tuple[int, int] = (64, 64)  # height, width in pixels
     patch: int = 8  # spatial stride in pixels
     channels: int = 24  # latent channels
@@ -161,23 +163,44 @@ class CodecConfig:
             )
         _require(0 <= self.whitening <= 1, f"codec.whitening is {self.whitening}", "expected 0..1")
         limit = 3 * self.patch * self.patch
+        _require(self.kind != "linear" or self.pretrained is None, f"codec.pretrained is {self.pretrained!r}, but codec.kind is 'linear', which is fitted on the dataset", "set codec.kind=wan, or codec.pretrained=null")
         _require(1 <= self.channels <= limit, f"codec.channels is {self.channels}", f"a {self.patch}x{self.patch} RGB patch has {limit} numbers; expected 1..{limit}")
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Instruction -> embeddings: bytes (ByT5's tokenizer) through a small T5 encoder that is trained with the model."""
+    """Instruction -> embeddings: bytes (ByT5's tokenizer) through a small T5 encoder that is trained with the model, or Wan's frozen UMT5-XXL (512 tokens of 4096)."""
 
-    kind: Literal["bytes"] = "bytes"
+    kind: Literal["bytes", "umt5"] = "bytes"
+    pretrained: str | None = None  # umt5: folder in diffusers' layout (with `text_encoder/` and `tokenizer/`) or Hub id; null: the checkpoint's own folder, or only what `cache` holds
+    cache: str | None = None  # umt5: directory of embeddings; with all instructions in it, the encoder is never loaded
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # umt5: what the encoder computes in
+    template: str = "{instruction}"  # the text that an instruction is put into; {instruction:lower} is the instruction in lower case
     max_tokens: int = 48
     width: int = 64
-    layers: int = 1
+    layers: int = 1  # bytes: of the small encoder
     heads: int = 4
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "width", "layers", "heads"):
             _require(getattr(self, name) >= 1, f"text.{name} is {getattr(self, name)}", "it must be at least 1")
-        _require(self.width % self.heads == 0, f"text.width {self.width} is not a multiple of text.heads {self.heads}", "change one of them")
+        _require(self.kind != "bytes" or self.width % self.heads == 0, f"text.width {self.width} is not a multiple of text.heads {self.heads}", "change one of them")
+        unused = self.kind == "bytes" and (self.pretrained or self.cache)
+        _require(not unused, f"text.pretrained or text.cache is {unused!r}, but text.kind is 'bytes', which is trained with the model", "set text.kind=umt5, or both to null")
+        _require("{instruction}" in self.template or "{instruction:lower}" in self.template, f"text.template is {self.template!r}", "it must hold {instruction} or {instruction:lower}")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The first frame -> embeddings that cross-attention also sees (`model.image_dim`): Wan's frozen CLIP (257 tokens of 1280)."""
+
+    kind: Literal["none", "clip"] = "none"
+    pretrained: str | None = None  # folder in diffusers' layout (with `image_encoder/`) or Hub id; null: the checkpoint's own folder holds it
+    framing: Literal["crop", "stretch"] = "crop"  # how a frame is made square: diffusers' pipelines crop, Wan's own code (and DreamZero) stretches
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _require(self.kind == "clip" or self.pretrained is None, f"image.pretrained is {self.pretrained!r}, but image.kind is 'none'", "set image.kind=clip, or image.pretrained=null")
 
 
 @dataclass(frozen=True)
@@ -421,6 +444,7 @@ class Config:
     timeline: TimelineConfig = TimelineConfig()
     codec: CodecConfig = CodecConfig()
     text: TextConfig = TextConfig()
+    image: ImageConfig = ImageConfig()
     model: ModelConfig = ModelConfig()
     relations: RelationsConfig = field(default_factory=RelationsConfig)
     noise: NoiseConfig = NoiseConfig()
@@ -438,6 +462,11 @@ class Config:
                 f"a latent frame is {latent} {'high' if axis == 'height' else 'wide'} (image {axis} {size} / codec.patch {self.codec.patch}), which model.patch {patch} does not divide",
                 f"use an image {axis} that is a multiple of {self.codec.patch * patch}",
             )
+        _require(
+            self.image.kind == "none" or self.model.image_dim is not None,
+            f"image.kind is {self.image.kind!r}, but the model takes no image embeddings (model.image_dim is null)",
+            "set model.image_dim to the encoder's width (1280 for Wan's CLIP), or image.kind=none",
+        )
         _require(
             self.training.goal_image == 0 or self.model.goal_image,
             f"training.goal_image is {self.training.goal_image}, but the model takes no goal image",

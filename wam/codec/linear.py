@@ -11,6 +11,7 @@ Same interface and causality as `AutoencoderKLWan`: what follows never changes w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,28 @@ class EncoderStream:
         self.started = True
         return latents
 
+    def select(self, rows: Sequence[int]) -> EncoderStream:
+        """A stream that goes on with some rows of the batch; a linear codec remembers nothing of them but that they began."""
+        return EncoderStream(self.codec, self.started)
+
+
+@dataclass
+class DecoderStream:
+    """Decodes latents as they arrive: the first to one frame, every later one to four; equal to decoding them in one shot."""
+
+    codec: LinearCodec
+    started: bool = False
+
+    def decode(self, latents_BCFHW: Tensor) -> Tensor:
+        """The next latents (B, C, F', h, w), any number of them, to uint8 frames (B, F, H, W, 3)."""
+        frames = self.codec.decode(latents_BCFHW, first=not self.started)
+        self.started = True
+        return frames
+
+    def select(self, rows: Sequence[int]) -> DecoderStream:
+        """A stream that goes on with some rows of the batch, as of an encoder."""
+        return DecoderStream(self.codec, self.started)
+
 
 class LinearCodec(nn.Module):
     """Principal components of (4, patch, patch) RGB blocks; latents have unit variance, per channel or (less whitened) on average."""
@@ -48,6 +71,7 @@ class LinearCodec(nn.Module):
     def __init__(self, config: CodecConfig):
         super().__init__()
         self.config = config
+        self.channels, self.patch = config.channels, config.patch
         height, width = config.image_size
         self.grid = (height // config.patch, width // config.patch)
         features = 3 * self.temporal_stride * config.patch**2
@@ -107,6 +131,10 @@ class LinearCodec(nn.Module):
     def stream(self) -> EncoderStream:
         """A new encoder for frames that arrive over time."""
         return EncoderStream(self)
+
+    def stream_decoder(self) -> DecoderStream:
+        """A new decoder for latents that arrive over time."""
+        return DecoderStream(self)
 
     def _patches(self, frames_BFHWC: Tensor) -> Tensor:
         """uint8 (B, 4g, H, W, 3) to float (B, g, rows, columns, features) in [-1, 1]."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -69,18 +69,22 @@ class CachedText(nn.Module):
 
     place: Tensor
 
-    def __init__(self, encoder: TextEncoder | None, directory: str | Path, space: str | None = None):
+    def __init__(self, encoder: TextEncoder | None, directory: str | Path, space: str | None = None, load: Callable[[], TextEncoder] | None = None):
         """Open a directory with an encoder, or without one to read what is there.
 
         Args:
             space: without an encoder, which embeddings to read; needed only where a directory holds several encoders'.
+            load: gives the encoder when it is needed first: at once where it is not clear which embeddings are its own, or else for a
+                text that is not there.
 
         Raises:
             FileNotFoundError: no encoder, and no embeddings in the directory.
             ValueError: no encoder, and embeddings of several; or `space` is another encoder's.
         """
         super().__init__()
-        self._outside = (encoder,)
+        if encoder is None and load is not None and space is None and len(_spaces(Path(directory))) != 1:
+            encoder = load()
+        self._outside, self._load = (encoder,), load
         if encoder is None:
             self.space = _only_space(Path(directory), space)
         else:
@@ -152,13 +156,19 @@ class CachedText(nn.Module):
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
         """Encode texts and store them; their rows (tokens, width)."""
+        if self.encoder is None and self._load is not None:
+            encoder = self._load()
+            found = _hash(FORMAT, encoder.identity(), encoder.max_tokens)[:16]
+            if found != self.space:
+                raise ValueError(f"{self.folder} holds the embeddings of another encoder than the one that was to encode {texts[0]!r} (space {found!r}): other weights, tokenizer, cleaning or max_tokens; use another directory")
+            self._outside = (encoder,)
         if self.encoder is None:
             more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
             raise FileNotFoundError(
                 f"no sound embedding of the instruction {texts[0]!r}{more} in {self.folder}, and there is no text encoder here; "
                 "where the encoder is, run CachedText(UMT5Text.from_pretrained(...), directory).precompute(instructions), and copy the directory"
             )
-        found = []
+        rows_of = []
         with torch.no_grad():
             embeddings = self.encoder(texts).float().cpu()
         for text, embedding in zip(texts, embeddings, strict=True):
@@ -168,8 +178,8 @@ class CachedText(nn.Module):
             metadata = {"format": FORMAT, "space": self.space, "text": text, "sha256": _checksum(rows)}
             with atomic_path(self.path(text)) as temporary:
                 safetensors.torch.save_file({"embedding": rows}, temporary, metadata=metadata)
-            found.append(rows)
-        return found
+            rows_of.append(rows)
+        return rows_of
 
 
 def _read_entry(path: Path, text: str, space: str) -> Tensor:
@@ -185,8 +195,12 @@ def _read_entry(path: Path, text: str, space: str) -> Tensor:
     return rows
 
 
+def _spaces(directory: Path) -> list[str]:
+    return sorted(path.parent.name for path in directory.glob(f"*/{ENCODER}"))
+
+
 def _only_space(directory: Path, space: str | None) -> str:
-    spaces = sorted(path.parent.name for path in directory.glob(f"*/{ENCODER}"))
+    spaces = _spaces(directory)
     if space is None and len(spaces) > 1:
         raise ValueError(f"{directory} holds the embeddings of {len(spaces)} encoders ({', '.join(spaces)}); say which with `space`, or give the encoder")
     if not spaces or space not in (None, *spaces):
