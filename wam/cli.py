@@ -363,6 +363,32 @@ def _report(args: argparse.Namespace) -> None:
     print(f"wrote {write_report(args.run)}")
 
 
+CONFORMANCE = """\
+Compute again what the released systems computed: tiny weights under the released names go through the converter into
+this network, and every stored output is compared. Exit code 0 only if all are within tolerance; none is left out.
+
+examples:
+  wam conformance cases/fastwam_base.json
+  wam conformance cases/*.json --json conformance.json
+  wam conformance cases/lingbot.json --tolerance 3e-6
+
+prints, per output: the largest absolute error, the relative L2 error, pass or FAIL
+writes: nothing, or the numbers as JSON (--json)
+"""
+
+
+def _conformance_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cases", metavar="CASE.json", type=Path, nargs="+", help="a case; its tensors lie beside it in CASE.safetensors")
+    parser.add_argument("--tolerance", metavar="X", type=float, default=1e-5, help="largest relative L2 error (default: 1e-5); the largest absolute error may be ten times that")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to FILE")
+
+
+def _conformance(args: argparse.Namespace) -> None:
+    from wam.evaluation.conformance.run import conformance
+
+    conformance(args.cases, args.tolerance, args.json)
+
+
 @dataclass(frozen=True)
 class Command:
     """One `wam` command: `summary` is its line in `wam --help`, `about` its own help text."""
@@ -382,6 +408,7 @@ COMMANDS = (
     Command("relations", "show who attends to whom in each mode", RELATIONS, _relations_arguments, _relations),
     Command("demo", "collect, train, drive and report one task", DEMO, _demo_arguments, _demo),
     Command("report", "write the report of a run again", REPORT, _report_arguments, _report),
+    Command("conformance", "compute the released systems' own numbers again", CONFORMANCE, _conformance_arguments, _conformance),
 )
 
 
