@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from wam.config import CodecConfig, Config, ConfigError, NoiseConfig, TimelineConfig, TrainingConfig, from_dict, load_config, save_config, to_dict
+from wam.config import CodecConfig, Config, ConfigError, LevelsConfig, NoiseConfig, TimelineConfig, TrainingConfig, from_dict, load_config, save_config, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,7 +89,7 @@ def test_sections_check_themselves() -> None:
         lambda: TimelineConfig(blocks=0),
         lambda: CodecConfig(channels=193),
         lambda: NoiseConfig(coupled=1.1),
-        lambda: NoiseConfig(video_shift=0),
+        lambda: LevelsConfig(shift=0),
         lambda: TrainingConfig(modes={"skip": 0.0}),
         lambda: TrainingConfig(ema_decay=1.0),
     ):

@@ -312,9 +312,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RelationsConfig:
-    """Cells of the relation table that differ from the base table, e.g. `{Ac->Vc: "<="}`; every mode opens its own on top (see `wam.relations`)."""
+    """Cells of the relation table that differ from the base table, e.g. `{Ac->Vc: "<="}`; every mode opens its own on top (see `wam.relations`).
+
+    Relations are none, "<" (earlier blocks), "=" (its own), "<=" and all, in quotes: a bare = means something else to YAML.
+    """
 
     cells: dict[str, str] = field(default_factory=dict)
+    copies: Literal["clean", "single"] = "clean"  # conditions are clean copies beside the noisy tokens; or the noisy ones themselves, held at level 0 or 1 (UWM)
 
 
 @dataclass(frozen=True)
@@ -339,20 +343,73 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
-    """How noise levels are drawn in training, apart for video and actions (sigma in [0, 1]; see `wam.flow`)."""
+class LevelsConfig:
+    """How the levels of one kind of token are drawn (sigma in [0, 1]; see `wam.flow` and `wam.training.noise`).
 
-    video_shift: float = 3.0
-    action_shift: float = 1.0
-    video_at_one: float = 0.3  # probability that a block's video is pure noise
-    coupled: float = 0.5  # probability that a sample's actions take the video's level, where actions see noisy video
-    condition_noise: float = 0.5  # probability that clean video an action conditions on is noised, with its true level
+    A place u in the schedule is drawn, put into low..high and, with `table`, onto its grid; then it is shifted; then atoms replace it.
+    """
+
+    distribution: Literal["uniform", "beta", "logit_normal"] = "uniform"
+    alpha: float = 1.0  # beta: Beta(alpha, beta); above beta, levels gather at noise (DreamZero-Flash: 7, 1)
+    beta: float = 1.0
+    mean: float = 0.0  # logit_normal: of the logit of u; above 0, levels gather at noise (SD3: 0, 1)
+    std: float = 1.0
+    low: float = 0.0  # u lies in low..high
+    high: float = 1.0
+    shift: float = 1.0
+    at_zero: float = 0.0  # probability of exactly 0: given
+    at_one: float = 0.0  # probability of exactly 1: pure noise
+    per: Literal["sample", "block", "frame", "token"] = "block"  # what shares a draw; frame: a latent frame and the actions that lead to it; token: an action (of video: a frame)
+    table: int | None = None  # draw from this many equidistant places (DreamZero: 1000) instead of a continuum
+    weighting: Literal["none", "bump"] = "none"  # loss weight of a level
 
     def __post_init__(self) -> None:
-        for name in ("video_at_one", "coupled", "condition_noise"):
+        where = "noise: levels'"
+        for name in ("at_zero", "at_one"):
+            _require(0 <= getattr(self, name) <= 1, f"{where} {name} is {getattr(self, name)}", "a probability lies in 0..1")
+        _require(self.at_zero + self.at_one <= 1, f"{where} at_zero {self.at_zero} + at_one {self.at_one} is above 1", "lower one of them")
+        _require(0 < self.shift < math.inf, f"{where} shift is {self.shift}", "a shift is positive; 1 leaves the levels as they are drawn")
+        for name in ("alpha", "beta", "std"):
+            _require(0 < getattr(self, name) < math.inf, f"{where} {name} is {getattr(self, name)}", "it must be positive and finite")
+        _require(math.isfinite(self.mean), f"{where} mean is {self.mean}", "it must be finite")
+        _require(0 <= self.low < self.high <= 1, f"{where} low..high is {self.low}..{self.high}", "expected 0 <= low < high <= 1")
+        _require(self.table is None or self.table >= 1, f"{where} table is {self.table}", "expected at least 1 entry, or null for a continuum")
+
+
+@dataclass(frozen=True)
+class VideoLevelsConfig(LevelsConfig):
+    """Levels of noisy video, with our defaults: much of it nearly or wholly noise, as where a plan begins."""
+
+    shift: float = 3.0
+    at_one: float = 0.3
+
+
+@dataclass(frozen=True)
+class HistoryLevelsConfig(LevelsConfig):
+    """Levels of noise on what was seen, with LingBot-VA's defaults: the cleaner half of its schedule."""
+
+    high: float = 0.5
+    shift: float = 5.0
+    per: Literal["sample", "block", "frame", "token"] = "frame"
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """How noise levels are drawn in training, apart for video, actions and what they are conditioned on (see `wam.training.noise`)."""
+
+    video: VideoLevelsConfig = VideoLevelsConfig()
+    action: LevelsConfig = LevelsConfig()
+    coupled: float = 0.5  # probability that a sample's actions take the video's place in the schedule (each with its own shift)
+    couple_always: bool = False  # in every mode (DreamZero); else only in modes where actions see noisy video
+    condition_probability: float = 0.5  # probability that clean video an action conditions on is noised, with its true level
+    condition: LevelsConfig = LevelsConfig()
+    history_probability: float = 0.0  # probability that all clean frames of a sample are noised, with their true levels (LingBot-VA: 0.5)
+    history: HistoryLevelsConfig = HistoryLevelsConfig()
+    prefix: float = 0.0  # probability that the first actions of a sample's blocks are given, as they are when plans overlap
+
+    def __post_init__(self) -> None:
+        for name in ("coupled", "condition_probability", "history_probability", "prefix"):
             _require(0 <= getattr(self, name) <= 1, f"noise.{name} is {getattr(self, name)}", "a probability lies in 0..1")
-        for name in ("video_shift", "action_shift"):
-            _require(getattr(self, name) > 0, f"noise.{name} is {getattr(self, name)}", "a shift is positive; 1 leaves the levels uniform")
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,30 @@
-"""Flow matching: noise levels, targets, and the solver.  The conventions of the whole codebase are stated here, once.
+"""Flow matching: noise levels, targets, grids of steps and weights.  The conventions of the whole codebase are stated here, once.
 
     x_sigma = (1 - sigma) x_0 + sigma noise         sigma in [0, 1]; 0 is data, 1 is pure noise
     velocity = noise - x_0                          what the network predicts (Wan's convention)
     t = 1000 sigma                                  what the timestep embedding is fed
-    shift_s(u) = s u / (1 + (s - 1) u)              s > 1 moves levels towards noise (SD3, section 5.3.2)
+    shift_s(u) = s u / (1 + (s - 1) u)              u is the place in the schedule; s > 1 moves levels towards noise (SD3, section 5.3.2)
+    weight(t) ~ exp(-2 ((t - 500) / 1000)^2) - min  the "bump": mean 1 over the 1000 levels of a schedule; 0 at both ends (DiffSynth)
 
-Levels and steps are float32 throughout: in bf16 neighbouring timesteps above 512 would be 4 apart.
+Levels and steps are float32 throughout: in bf16 neighbouring timesteps above 512 would be 4 apart.  Tables and grids are computed in
+float32 too, in the order in which the published systems do, so that their numbers come out to the last digit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 TIMESTEPS = 1000.0
+ENTRIES = 1000  # levels of a training table
 SMALLEST_SIGMA = 0.1
 
 
 def shift_levels(u: Tensor, shift: float) -> Tensor:
-    """Map levels in [0, 1] by the timestep shift; 0 and 1 stay where they are."""
+    """Map places in the schedule, in [0, 1], to levels; 0 and 1 stay where they are."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -43,15 +47,81 @@ def velocity_from_sample(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     return (x - x0) / sigma.clamp_min(SMALLEST_SIGMA)
 
 
-def solver_levels(steps: int, shift: float) -> Tensor:
-    """(steps + 1,) float32 levels from 1 to 0: uniform, then shifted.
+def guidance(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: away from the other side, `scale` times as far as the condition goes (Ho and Salimans 2022)."""
+    return v_uncond + scale * (v_cond - v_uncond)
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform numbers in [0, 1), drawn on the generator's device."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+# ------------------------------------------------------------------------------------------------ grids: the levels that sampling visits
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels of a sampling run, from noise to data.
+
+    Attributes:
+        sigmas: (steps + 1,) float32, falling; where each step starts, and where the last one ends.
+        whole: the network is fed whole timesteps (1000 sigma, truncated), as Wan's UniPC does; the solver keeps the exact levels.
+    """
+
+    sigmas: Tensor
+    whole: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.sigmas) - 1
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(steps,) float32: what the network is fed."""
+        t = TIMESTEPS * self.sigmas[:-1]
+        return t.trunc() if self.whole else t
+
+    def ending_at(self, final: float) -> Grid:
+        """The same number of steps, rescaled to end at level `final` (DreamZero-Flash: video ends noisy while actions go on to 0)."""
+        first = float(self.sigmas[0])
+        return Grid(self.sigmas * (first - final) / first + final, self.whole)
+
+    def first(self, steps: int) -> Grid:
+        """The first `steps` steps alone (LingBot-VA: imagination that stops before it is clean)."""
+        return Grid(self.sigmas[: steps + 1], self.whole)
+
+
+def euler_grid(steps: int, shift: float) -> Grid:
+    """Uniform from 1 to 0, then shifted (Fast-WAM, LingBot-VA).
 
     Raises:
         ValueError: fewer than one step.
     """
+    return Grid(shift_levels(torch.linspace(1, 0, _at_least_one(steps) + 1), shift))
+
+
+def unipc_grid(steps: int, shift: float) -> Grid:
+    """Uniform from 0.999 to 0, then shifted; whole timesteps (Wan's UniPC, DreamZero).
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    highest = float(torch.tensor(1 - 1 / ENTRIES))  # 0.999 in float32
+    u = torch.linspace(highest, 0, _at_least_one(steps) + 1, dtype=torch.float64)
+    return Grid(shift_levels(u, shift).float(), whole=True)
+
+
+def _at_least_one(steps: int) -> int:
     if steps < 1:
         raise ValueError(f"solver steps is {steps}; at least 1 is needed (1 jumps from pure noise to the prediction)")
-    return shift_levels(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+    return steps
+
+
+def solver_levels(steps: int, shift: float) -> Tensor:
+    """(steps + 1,) float32 levels from 1 to 0: uniform, then shifted."""
+    return euler_grid(steps, shift).sigmas
 
 
 def euler(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -59,13 +129,39 @@ def euler(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Ten
     return x + (sigma_next - sigma) * velocity
 
 
-def integrate(x: Tensor, levels: Tensor, velocity: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Euler's method from `levels[0]` to `levels[-1]`; `velocity(x, sigma)` is the network."""
-    for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
-        x = euler(x, velocity(x, sigma), sigma, sigma_next)
-    return x
+# ------------------------------------------------------------------------------------------------ training tables and weights
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform levels in [0, 1), drawn on the generator's device."""
-    return torch.rand(shape, generator=generator, device=generator.device)
+def place_in_table(u: Tensor, entries: int) -> Tensor:
+    """Places in [0, 1] to the nearest-from-above of `entries` equidistant ones, 1, 1 - 1/entries, ... 1/entries: never 0."""
+    index = ((1 - u) * entries).long().clamp(0, entries - 1)
+    return torch.linspace(1, 0, entries + 1, device=u.device)[index]
+
+
+def level_table(shift: float, entries: int = ENTRIES) -> Tensor:
+    """(entries,) float32: the levels of a training table, from 1 down; sigma_i = shift(1 - i / entries)."""
+    return shift_levels(torch.linspace(1, 0, entries + 1)[:-1], shift)
+
+
+def bump_weight(t: Tensor, shift: float) -> Tensor:
+    """Loss weight of timesteps, any between 0 and 1000: the bump, with the mean over the 1000 levels of this shift as unit (Fast-WAM)."""
+    least, mean = _bump_constants(shift)
+    return (_bump(t) - least) / mean
+
+
+def bump_weight_of_nearest(t: Tensor, shift: float, entries: int = ENTRIES) -> Tensor:
+    """Loss weight of timesteps, looked up at the nearest level of the table (DreamZero, LingBot-VA)."""
+    table = TIMESTEPS * level_table(shift, entries).to(t.device)
+    nearest = table[(t.unsqueeze(-1) - table).abs().argmin(-1)]
+    return bump_weight(nearest, shift)
+
+
+def _bump(t: Tensor) -> Tensor:
+    return torch.exp(-2 * ((t - TIMESTEPS / 2) / TIMESTEPS) ** 2)
+
+
+@lru_cache(maxsize=16)
+def _bump_constants(shift: float) -> tuple[float, float]:
+    """The bump's minimum over the table, and its mean above that."""
+    y = _bump(TIMESTEPS * level_table(shift))
+    return float(y.min()), float((y - y.min()).mean())
