@@ -150,10 +150,12 @@ def bump_weight(t: Tensor, shift: float) -> Tensor:
 
 
 def bump_weight_of_nearest(t: Tensor, shift: float, entries: int = ENTRIES) -> Tensor:
-    """Loss weight of timesteps, looked up at the nearest level of the table (DreamZero, LingBot-VA)."""
-    table = TIMESTEPS * level_table(shift, entries).to(t.device)
-    nearest = table[(t.unsqueeze(-1) - table).abs().argmin(-1)]
-    return bump_weight(nearest, shift)
+    """Loss weight of timesteps, looked up at the nearest level of the table; mean 1 over the table (DreamZero, LingBot-VA)."""
+    table = TIMESTEPS * level_table(shift, entries)
+    y = _bump(table)
+    weights = (y - y.min()) * (entries / (y - y.min()).sum())
+    nearest = (t.unsqueeze(-1) - table.to(t.device)).abs().argmin(-1)
+    return weights.to(t.device)[nearest]
 
 
 def _bump(t: Tensor) -> Tensor:
