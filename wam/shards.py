@@ -354,7 +354,7 @@ def build_empty(build: Callable[[], Module]) -> Module:
         empty = param if param is None or param.is_meta else nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(module, name, empty)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore
     try:
         return build()
     finally:

@@ -1,0 +1,36 @@
+"""What a conversion may be told; each format reads what concerns it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from wam.shards import SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of a conversion.
+
+    Attributes:
+        components: whether text encoder, image encoder and VAE are written too (`include`), or read from elsewhere (`reference`).
+        reference: folder in diffusers' layout or Hub id that they are then read from; default: the release's own backbone on the Hub.
+        base: of a LoRA checkpoint, the checkpoint it was trained on.
+        base_hash: the identity that base must have, where the LoRA checkpoint does not say.
+        accept_unknown_base: merge a LoRA checkpoint that does not say what it was trained on.
+        base_is_wan: the base is Wan itself, and the LoRA checkpoint brings all the parts that Wan lacks.
+        embodiment: whose statistics and prompt are taken, where a release has several.
+        control_hz: control steps a second, where a release does not say.
+        max_bytes: largest shard written.
+    """
+
+    components: Literal["include", "reference"] = "include"
+    reference: str | None = None
+    base: Path | None = None
+    base_hash: str | None = None
+    accept_unknown_base: bool = False
+    base_is_wan: bool = False
+    embodiment: str | None = None
+    control_hz: float | None = None
+    max_bytes: float = SHARD_BYTES
