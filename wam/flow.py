@@ -60,7 +60,7 @@ def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------------------------ grids: the levels that sampling visits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """The levels of a sampling run, from noise to data.
 
