@@ -354,6 +354,11 @@ class Relations:
         """The relations of a whole config."""
         return Relations(config.relations, config.training.predict_first_frame)
 
+    @property
+    def remembers(self) -> bool:
+        """Is anything of earlier blocks seen?  If not, every plan starts from the newest frame, as H."""
+        return any(-1 in _SIGNS[self.base.get((q, k), NONE)] for q in (_V, _A) for k in (_VC, _AC))
+
     def mode(self, name: str) -> Mode:
         """The mode called `name` over this table.
 
@@ -414,14 +419,57 @@ def get_mode(name: str) -> Mode:
     return _DEFAULT.mode(name)
 
 
-def describe(mode: str | Mode) -> str:
-    """A mode as text: its table (opened cells marked `*`) and what it is for."""
-    mode = get_mode(mode) if isinstance(mode, str) else mode
-    head = "      " + "".join(f"{k.label:>6}" for k in Kind)
-    rows = [head]
-    for q in Kind:
-        cells = [mode.table.relation(q, k) or "." for k in Kind]
-        marks = ["*" if (q, k) in mode.opened else "" for k in Kind]
-        rows.append(f"{q.label:<6}" + "".join(f"{c + m:>6}" for c, m in zip(cells, marks, strict=True)))
-    predicts = ", ".join(k.label for k in Kind if k in mode.predicts)
-    return f"{mode.name}: {mode.about}\npredicts {predicts}; rows attend to columns; * is opened by the mode\n\n" + "\n".join(rows)
+
+# ------------------------------------------------------------------------------------------------ what a config was trained for
+
+
+def trained_modes(config: Config) -> tuple[str, ...]:
+    """The modes that are drawn in training."""
+    return tuple(name for name, weight in config.training.modes.items() if weight > 0)
+
+
+def untrained_mode_warning(config: Config, name: str) -> str | None:
+    """What to say when a mode is asked for that training never showed the network, or None.
+
+    Modes share rows: `skip` trains what `action_only` and `video` need, and independent levels with mass at 0 and 1 train UWM's modes.
+
+    Raises:
+        ValueError, LeakError: as `Relations.mode`.
+    """
+    relations = Relations.of(config)
+    mode = relations.mode(name)
+    if _is_trained(config, relations, mode):
+        return None
+    wanted = _A if _A in mode.denoised else _V
+    choices = [n for n in relations.modes if (m := _legal(relations, n)) and wanted in m.denoised and _is_trained(config, relations, m)]
+    trained = ", ".join(trained_modes(config))
+    choose = f"choose {' or '.join(choices)}, or train it" if choices else "train it"
+    return f"mode {name!r} is not what this model was trained for (preset {config.preset!r}, modes {trained}), so its output means little; {choose}: training.modes={{{name}: 1}}"
+
+
+def _legal(relations: Relations, name: str) -> Mode | None:
+    try:
+        return relations.mode(name)
+    except LeakError:
+        return None
+
+
+def _is_trained(config: Config, relations: Relations, mode: Mode) -> bool:
+    shown = any(_shows(config, relations.mode(name), mode) for name in trained_modes(config))
+    return shown and (mode.name != "imagine" or _is_trained(config, relations, relations.mode("video")))
+
+
+def _shows(config: Config, trained: Mode, asked: Mode) -> bool:
+    """Did training in one mode show what inference in another needs: the same rows, the same levels, and a loss on what is denoised?"""
+    if not set(asked.denoised) <= trained.predicts:
+        return False
+    if any(trained.table.relation(q, k) != asked.table.relation(q, k) for q in asked.live for k in Kind):
+        return False
+    return all(_shows_level(config, trained, kind, level) for kind, level in asked.pinned.items())
+
+
+def _shows_level(config: Config, trained: Mode, kind: Kind, level: float) -> bool:
+    if kind in trained.pinned:
+        return trained.pinned[kind] == level
+    drawn = config.noise.video if kind is _V else config.noise.action
+    return config.noise.coupled < 1 and (drawn.at_one if level == 1 else drawn.at_zero) > 0
