@@ -118,7 +118,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         backbone_arguments(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder /nowhere/at/all"):
         local_folder("/nowhere/at/all")
-    with pytest.raises(FileNotFoundError, match="holds no transformer/config.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no transformer/config\.json"):
         load_backbone(tmp_path.parent, wan_config("t2v"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", _no_network)
     with pytest.raises(FileNotFoundError, match=r"some/model is no folder here, and cannot be had from the Hub \(ConnectionError: no route\); check the name and the network"):
