@@ -18,7 +18,7 @@ A level of exactly 0 means *given*: the network sees the data, so that token is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,12 +66,12 @@ def draw_levels(
     Where the first frame is inside block 0 it is given, with level 0, unless `predict_first_frame`; the actions that would lead to it are
     padding, with level 0.
     """
-    batch, inside = len(modes), timeline.first_frame == "inside"
+    batch, inside, device = len(modes), timeline.first_frame == "inside", generator.device
     video = _draw(config.video, timeline, Kind.V, batch, generator)
     action = _draw(config.action, timeline, Kind.A, batch, generator)
-    first = _draw(config.video, timeline, Kind.H, batch, generator).sigma if predict_first_frame and not inside else None
+    first = _pin(_draw(config.video, timeline, Kind.H, batch, generator).sigma, Kind.V, modes) if predict_first_frame and not inside else None
 
-    together = (uniform((batch, 1), generator) < config.coupled) & _flags(modes, lambda m: _couples(m, config.couple_always), generator)
+    together = (uniform((batch, 1), generator) < config.coupled) & _flags(modes, lambda m: _couples(m, config.couple_always), device)
     coupled = shift_levels(_spread(video.u, action.u.shape[1]), config.action.shift)
     video_BF = _pin(video.sigma, Kind.V, modes)
     action_BT = _pin(_prefixed(torch.where(together, coupled, action.sigma), config.prefix, timeline, generator), Kind.A, modes)
@@ -146,7 +146,7 @@ def _clean(config: NoiseConfig, timeline: TimelineConfig, modes: Sequence[Mode],
         history = torch.cat([_draw(config.history, timeline, Kind.H, batch, generator).sigma, history], dim=1)
         condition = torch.cat([torch.zeros_like(condition[:, :1]), condition], dim=1)
     condition[:, 0] = 0.0  # the first frame is never imagined
-    seen = _flags(modes, lambda m: (Kind.A, Kind.VC) in m.opened, generator)
+    seen = _flags(modes, lambda m: m.sees(Kind.A, Kind.VC), generator.device)
     conditioned = (uniform((batch, 1), generator) < config.condition_probability) & seen
     old = uniform((batch, 1), generator) < config.history_probability
     return _pin(torch.where(conditioned, condition, torch.where(old, history, 0.0)), Kind.VC, modes)
@@ -164,22 +164,18 @@ def _prefixed(action_BT: Tensor, probability: float, timeline: TimelineConfig, g
 
 
 def _couples(mode: Mode, always: bool) -> bool:
-    return Kind.V not in _pinned(mode) and (always or (Kind.A, Kind.V) in mode.opened)
-
-
-def _pinned(mode: Mode) -> Mapping[Kind, float]:
-    return getattr(mode, "pinned", {})
+    return Kind.V not in mode.pinned and (always or mode.sees(Kind.A, Kind.V))
 
 
 def _pin(sigma: Tensor, kind: Kind, modes: Sequence[Mode]) -> Tensor:
     """The levels that modes fix, in their samples."""
     sigma = sigma.clone()
     for row, mode in enumerate(modes):
-        if kind in _pinned(mode):
-            sigma[row] = _pinned(mode)[kind]
+        if kind in mode.pinned:
+            sigma[row] = mode.pinned[kind]
     return sigma
 
 
-def _flags(modes: Sequence[Mode], of: Callable[[Mode], bool], generator: torch.Generator) -> Tensor:
+def _flags(modes: Sequence[Mode], of: Callable[[Mode], bool], device: torch.device) -> Tensor:
     """(B, 1) bool: a property of each sample's mode."""
-    return torch.tensor([[of(mode)] for mode in modes], device=generator.device)
+    return torch.tensor([[of(mode)] for mode in modes], device=device)
