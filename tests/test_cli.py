@@ -151,22 +151,33 @@ def test_demo_and_report(stub: Callable[..., Calls], config: str) -> None:
 
 
 def test_relations(stub: Callable[..., Calls], capsys: pytest.CaptureFixture[str]) -> None:
-    from wam.relations import MODES, describe
+    from wam.presets import PRESETS
+    from wam.relations import MODES
+    from wam.relations_text import describe
 
     assert main(["relations"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(MODES)
     assert main(["relations", "--mode", "joint"]) == 0
     assert capsys.readouterr().out.strip() == describe("joint").strip()
-    assert main(["relations", "--preset", "all"]) == 0
+    assert main(["relations", "--mode", "all"]) == 0
     text = capsys.readouterr().out
     assert all(describe(name) in text for name in MODES)
+    for preset in PRESETS:
+        assert main(["relations", "--preset", preset, "--tokens"]) == 0
+        assert f"preset {preset}" in capsys.readouterr().out
 
-    drawn = stub("wam.evaluation.plots", "draw_mask")
+    masks = stub("wam.evaluation.plots", "draw_mask")
     assert main(["relations", "--mode", "joint", "--png", "joint.png"]) == 0
-    assert drawn == [("joint", Path("joint.png"))]
+    assert masks == [("joint", Path("joint.png"))]
+    presets = stub("wam.evaluation.plots", "draw_relations")
+    assert main(["relations", "--preset", "uwm", "--png", "uwm.png"]) == 0
+    assert [(config.preset, path) for config, path in presets] == [("uwm", Path("uwm.png"))]
     assert main(["relations", "--png", "joint.png"]) == 2
+    assert main(["relations", "--tokens"]) == 2
     assert main(["relations", "--mode", "joynt"]) == 2
     assert "did you mean 'joint'" in capsys.readouterr().err
+    assert main(["relations", "--preset", "dreamzer"]) == 2
+    assert "did you mean 'dreamzero'" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ errors

@@ -282,36 +282,55 @@ def _imagine(args: argparse.Namespace) -> None:
 
 
 RELATIONS = """\
-Show who attends to whom: the one table behind every mode, with the cells that a mode changes.
+Show who attends to whom: the one table behind every mode, with the cells that a mode opens, and what each published system makes of it.
 
 examples:
   wam relations                                      the modes, one line each
-  wam relations --mode joint                         its table
-  wam relations --preset all                         every table
-  wam relations --mode imagine --png imagine.png     its attention mask as a picture
+  wam relations --mode joint                         its table; --mode all for every table
+  wam relations --preset dreamzero                   a preset: its table, its modes and their weights, what else its weights can do
+  wam relations --preset lingbot_va --tokens         and every token against every other, over two blocks
+  wam relations --preset all --png all.png           and as a picture, one mask for each mode
+  wam relations --mode imagine --png imagine.png     one mode as a picture
 
 writes: nothing, or the picture named by --png
 """
 
 
 def _relations_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mode", "--preset", metavar="NAME", dest="mode", help="a mode, or all")
-    parser.add_argument("--png", metavar="FILE", type=Path, help="draw the mode's attention mask")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--mode", metavar="NAME", help="a mode of the default table, or all")
+    what.add_argument("--preset", metavar="NAME", help="a preset: all, dreamzero, fast_wam, lingbot_va, uwm, ...")
+    parser.add_argument("--tokens", action="store_true", help="also print which tokens see which (with --preset)")
+    parser.add_argument("--png", metavar="FILE", type=Path, help="draw the attention masks")
 
 
 def _relations(args: argparse.Namespace) -> None:
-    from wam.relations import MODES, describe
+    config = load_config(None, [f"preset={args.preset}"]) if args.preset else None
+    if args.png and config is None and args.mode in (None, "all"):
+        raise ValueError("--png draws one mode or one preset; add --mode NAME or --preset NAME, e.g. --mode joint")
+    if args.tokens and config is None:
+        raise ValueError("--tokens pictures the modes of a preset; add --preset NAME, e.g. --preset all")
 
-    if args.png and args.mode in (None, "all"):
-        raise ValueError("--png draws one mode; add --mode NAME, e.g. --mode joint")
-    if args.mode is None:
-        print("\n".join(f"{name:<14}{mode.about}" for name, mode in MODES.items()))
-        return
-    print("\n\n".join(describe(name) for name in (MODES if args.mode == "all" else [args.mode])))
-    if args.png:
+    from wam.relations import MODES
+    from wam.relations_text import describe, describe_config, pictures
+
+    if config is not None:
+        print(describe_config(config))
+        if args.tokens:
+            print(f"\n{pictures(config)}")
+    elif args.mode is None:
+        print("\n".join(f"{name:<16}{mode.about}" for name, mode in MODES.items()))
+    else:
+        print("\n\n".join(describe(name) for name in (MODES if args.mode == "all" else [args.mode])))
+    if args.png and config is not None:
+        from wam.evaluation.plots import draw_relations
+
+        draw_relations(config, args.png)
+    elif args.png:
         from wam.evaluation.plots import draw_mask
 
         draw_mask(args.mode, args.png)
+    if args.png:
         print(f"wrote {args.png}")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from wam.config import Config
-from wam.relations import BASE, NONE, Cells, LeakError, Mode, Reach, RelationTable, Relations, get_mode, trained_modes, untrained_mode_warning
+from wam.relations import BASE, NONE, Cells, LeakError, Mode, Reach, Relations, RelationTable, get_mode, trained_modes, untrained_mode_warning
 from wam.timeline import FIRST_BLOCK, Kind
 
 RELATION_WORDS = {"": "never", "<": "of earlier blocks", "=": "of its own block", "<=": "up to its own block", "all": "always"}
@@ -95,7 +95,7 @@ def _mode_lines(config: Config, modes: Sequence[Mode]) -> list[str]:
     for mode in modes:
         opened = ", ".join(f"{q.label} sees {k.label} {RELATION_WORDS[mode.table.relation(q, k)]}" for q, k in mode.opened) or "opens nothing"
         held = "".join(f"; {kind.label} held at level {level:g}" for kind, level in mode.pinned.items())
-        lines.append(f"  {mode.name:<15}{config.training.modes[mode.name] / total:>5.0%}  {opened}{held}")
+        lines.append(f"  {mode.name:<16}{config.training.modes[mode.name] / total:>5.0%}  {opened}{held}")
     return lines
 
 
@@ -105,8 +105,8 @@ def _other_line(config: Config, relations: Relations, name: str, trained: Sequen
     try:
         warning = untrained_mode_warning(config, name)
     except LeakError as error:
-        return f"  {name:<15}refused: {str(error).split(': ', 1)[1].split(', and ')[0]} leaks"
-    return f"  {name:<15}{'not trained' if warning else 'works: training shows the same rows'}"
+        return f"  {name:<16}refused: {str(error).split(': ', 1)[1].split(', and ')[0]} leaks"
+    return f"  {name:<16}{'not trained' if warning else 'works: training shows the same rows'}"
 
 
 # ------------------------------------------------------------------------------------------------ segments against segments

@@ -10,27 +10,29 @@ two.  All are from Okabe and Ito's palette, which people with any colour vision 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from wam.config import TimelineConfig
+from wam.config import Config, TimelineConfig
 from wam.files import atomic_path
-from wam.relations import ALL, PAST, PAST_AND_SAME, SAME, get_mode
-from wam.timeline import Clock, Kind, Segment, training_layout
+from wam.relations import Mode, Reach, Relations, RelationTable, trained_modes
+from wam.relations_text import Span, present_kinds, spans_of
+from wam.timeline import Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, FAINT, LINE, PAPER = "#24292f", "#6e7781", "#d5dbe1", "#ffffff"  # the report replaces these by its own, light or dark
-KIND_COLORS = {Kind.H: "#7d8590", Kind.S: "#009e73", Kind.VC: "#56b4e9", Kind.V: "#0072b2", Kind.AC: "#e69f00", Kind.A: "#d55e00"}
+KIND_COLORS = {Kind.H: "#7d8590", Kind.S: "#009e73", Kind.VC: "#56b4e9", Kind.V: "#0072b2", Kind.AC: "#e69f00", Kind.A: "#d55e00", Kind.G: "#cc79a7"}
 KIND_NAMES = {
     Kind.H: "H  first frame",
     Kind.S: "S  state",
@@ -38,9 +40,11 @@ KIND_NAMES = {
     Kind.V: "V  video, noisy",
     Kind.AC: "Ac  actions, executed",
     Kind.A: "A  actions, noisy",
+    Kind.G: "G  goal image",
 }
 MODE_STYLES = {  # colour and marker: told apart without colour too
     "skip": ("#9467bd", "o"),
+    "skip_registers": ("#4b4b8f", "h"),
     "joint": ("#c9970c", "s"),
     "joint_mutual": ("#cc6677", "D"),
     "imagine": ("#1b9e8f", "^"),
@@ -50,7 +54,6 @@ MODE_STYLES = {  # colour and marker: told apart without colour too
     "action_only": ("#8a8f98", "*"),
 }
 DEMO_MODES = ("skip", "joint", "joint_mutual", "imagine", "forward")
-RELATION_WORDS = {PAST: "of earlier blocks", SAME: "of its own block", PAST_AND_SAME: "up to its own block", ALL: "always"}
 
 _DPI = 160
 _STYLE: Any = {  # the stubs of matplotlib 3.11 want a literal type of all its keys
@@ -158,28 +161,42 @@ def _clock_axis(axes: Axes, left: float, right: float) -> None:
 # ------------------------------------------------------------------------------------------------ masks
 
 
+_DRAWN_TOKENS = {kind: 1 if kind is Kind.S else 4 for kind in Kind}  # of a segment: 2 x 2 patches, one state, four actions
+_NO_GOAL = frozenset(Kind) - {Kind.G}
+
+
 @dataclass(frozen=True)
 class MaskPicture:
     """What a mask's figure shows.
 
     Attributes:
-        segments: of the training window, in order; rows and columns are their tokens.
-        key_kind_LL: (L, L) the kind of the key where the row's token may attend to the column's, -1 where it may not.
-        opened_LL: (L, L) True where the mode opens what `skip` keeps shut.
+        name: of the mode.
+        note: a line below it: its weight, and what is held at a level.
+        spans: segments of a small training window, in order: its rows and columns.
+        seen_SS: (S, S) True where the row's tokens may attend to the column's.
+        opened_SS: (S, S) True where the mode opens what the base table keeps shut.
     """
 
-    segments: tuple[Segment, ...]
-    key_kind_LL: npt.NDArray[np.int64]
-    opened_LL: npt.NDArray[np.bool_]
+    name: str
+    note: str
+    spans: tuple[Span, ...]
+    seen_SS: npt.NDArray[np.bool_]
+    opened_SS: npt.NDArray[np.bool_]
 
 
-def mask_picture(mode: str) -> MaskPicture:
-    """The attention of a small training window: two blocks of one latent frame with 2 x 2 patches, and four actions each."""
-    timeline = TimelineConfig(blocks=2, latents_per_block=1, actions_per_block=4, frame_stride=1)
-    layout = training_layout(Clock(timeline, (2, 2)), timeline.blocks)
-    seen = get_mode(mode).table.dense(layout).numpy()
-    base = get_mode("skip").table.dense(layout).numpy()
-    return MaskPicture(layout.segments, np.where(seen, layout.kinds_L.numpy()[None, :], -1), seen & ~base)
+def mask_picture(mode: str | Mode, config: Config | None = None, kinds: Collection[Kind] = _NO_GOAL) -> MaskPicture:
+    """The attention of two blocks (or of one, where a config has one) in a mode, under a config's table and reach."""
+    config = config or Config()
+    relations = Relations.of(config)
+    mode = relations.mode(mode) if isinstance(mode, str) else mode
+    spans = tuple(spans_of(config, mode, kinds, min(2, config.timeline.blocks)))
+    kinds_S, blocks_S = torch.tensor([int(s.kind) for s in spans]), torch.tensor([s.block for s in spans])
+    tokens, reach = (kinds_S, blocks_S, kinds_S, blocks_S), Reach.of(config.timeline)
+    seen = mode.table.mask(*tokens, reach).numpy()
+    weight = config.training.modes.get(mode.name, 0) / sum(config.training.modes.values())
+    held = [f"{kind.label} held at $\\sigma$ = {level:g}" for kind, level in mode.pinned.items()]
+    note = "   ".join([*([f"{weight:.0%} of samples"] if 0 < weight < 1 else []), *held])
+    return MaskPicture(mode.name, note, spans, seen, seen & ~RelationTable(relations.base).mask(*tokens, reach).numpy())
 
 
 def draw_mask(mode: str, path: Path) -> None:
@@ -189,42 +206,56 @@ def draw_mask(mode: str, path: Path) -> None:
 
 
 def draw_masks(modes: Sequence[str], path: Path) -> None:
-    """The masks of several modes in rows of three, with a key to the colours in the cell after the last."""
-    rows = len(modes) // 3 + 1
-    with _figure(path, 10.2, 3.75 * rows) as figure:
-        grid = figure.subplots(rows, 3, squeeze=False).flatten()
-        for axes, mode in zip(grid, modes, strict=False):
-            _mask_axes(axes, mask_picture(mode))
-            axes.set_title(mode, fontsize=12, fontweight="bold", pad=8)
-        for axes in grid[len(modes) :]:
+    """The masks of several modes of the default table, with a key to the colours in the cell after the last."""
+    _draw_pictures([replace(mask_picture(mode), note="") for mode in modes], path)
+
+
+def draw_relations(config: Config, path: Path) -> None:
+    """Who attends to whom under a config or preset: one mask for each mode that it trains."""
+    modes = [Relations.of(config).mode(name) for name in trained_modes(config)]
+    kinds = present_kinds(config, modes)
+    _draw_pictures([mask_picture(mode, config, kinds) for mode in modes], path, config.preset)
+
+
+def _draw_pictures(pictures: Sequence[MaskPicture], path: Path, title: str = "") -> None:
+    """Masks in rows of at most three, the key after the last."""
+    columns = min(3, len(pictures) + 1)
+    rows = len(pictures) // columns + 1
+    head, height = (0.5 if title else 0.0), 3.75 * rows
+    with _figure(path, 3.4 * columns, height + head) as figure:
+        if title:
+            figure.text(0.02, 1 - 0.1 / (height + head), title, fontsize=15, fontweight="bold", color=FAINT, va="top")
+            figure.set_layout_engine("constrained", rect=(0, 0, 1, height / (height + head)))
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes, picture in zip(grid, pictures, strict=False):
+            _mask_axes(axes, picture)
+            axes.set_title(picture.name, fontsize=12, fontweight="bold", pad=8)
+            axes.set_xlabel(picture.note, fontsize=9)
+        for axes in grid[len(pictures) :]:
             axes.axis("off")
-        _kind_key(grid[len(modes)])
+        _kind_key(grid[len(pictures)], {s.kind for p in pictures for s in p.spans}, any(p.opened_SS.any() for p in pictures))
 
 
 def _mask_axes(axes: Axes, picture: MaskPicture) -> None:
     from matplotlib.patches import Rectangle
 
-    gap = 0.12
-    sizes = [max(s.tokens, 2.4) for s in picture.segments]  # one state token is too thin for its label
+    sizes = [max(_DRAWN_TOKENS[s.kind], 2.4) for s in picture.spans]  # one state token is too thin for its label
     edges = np.concatenate([[0], np.cumsum(sizes)])
-    starts = np.cumsum([0] + [s.tokens for s in picture.segments])
-    spans = list(zip(pairwise(starts), pairwise(edges), strict=True))
-    for (q0, q1), (top, bottom) in spans:
-        for (k0, k1), (left, right) in spans:
-            values, opened = picture.key_kind_LL[q0:q1, k0:k1], bool(picture.opened_LL[q0, k0])
-            assert (values == values[0, 0]).all(), "a relation holds between whole segments"
-            kind = int(values[0, 0])
-            color = LINE if kind < 0 else KIND_COLORS[Kind(kind)]
-            alpha = 0.45 if kind < 0 else 1.0 if opened else 0.62
+    gap = 0.003 * edges[-1]
+    for row, (top, bottom) in enumerate(pairwise(edges)):
+        for column, (left, right) in enumerate(pairwise(edges)):
+            seen, opened = picture.seen_SS[row, column], picture.opened_SS[row, column]
+            color = KIND_COLORS[picture.spans[column].kind] if seen else LINE
+            alpha = 0.45 if not seen else 1.0 if opened else 0.62
             box = (left + gap, top + gap), right - left - 2 * gap, bottom - top - 2 * gap
             axes.add_patch(Rectangle(*box, facecolor=color, alpha=alpha, linewidth=0))
             if opened:
                 axes.add_patch(Rectangle(*box, fill=False, edgecolor=INK, linewidth=1.6))
-    _mask_labels(axes, picture.segments, (edges[:-1] + edges[1:]) / 2, float(edges[-1]))
+    _mask_labels(axes, picture.spans, (edges[:-1] + edges[1:]) / 2, float(edges[-1]))
 
 
-def _mask_labels(axes: Axes, segments: Sequence[Segment], centres: npt.NDArray[np.float64], end: float) -> None:
-    names = [s.kind.label if s.kind is Kind.H else f"{s.kind.label}$_{s.block}$" for s in segments]
+def _mask_labels(axes: Axes, spans: Sequence[Span], centres: npt.NDArray[np.float64], end: float) -> None:
+    names = [s.kind.label if s.kind in (Kind.H, Kind.G) else f"{s.kind.label}$_{{{s.block}}}$" for s in spans]
     axes.set_xlim(0, end)
     axes.set_ylim(end, 0)
     axes.set_aspect("equal")
@@ -236,11 +267,12 @@ def _mask_labels(axes: Axes, segments: Sequence[Segment], centres: npt.NDArray[n
         spine.set_visible(False)
 
 
-def _kind_key(axes: Axes) -> None:
+def _kind_key(axes: Axes, kinds: Collection[Kind], opens: bool) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=KIND_COLORS[k], alpha=0.62, label=KIND_NAMES[k]) for k in Kind]
-    handles += [Patch(facecolor=LINE, alpha=0.45, label="not seen"), Patch(facecolor=PAPER, edgecolor=INK, linewidth=1.6, label="opened beyond skip")]
+    handles = [Patch(facecolor=KIND_COLORS[k], alpha=0.62, label=KIND_NAMES[k]) for k in Kind if k in kinds]
+    handles += [Patch(facecolor=LINE, alpha=0.45, label="not seen")]
+    handles += [Patch(facecolor=PAPER, edgecolor=INK, linewidth=1.6, label="opened by the mode")] if opens else []
     axes.legend(
         handles=handles, loc="center", fontsize=10, labelspacing=0.75, handlelength=1.4, handleheight=1.3, title="rows attend to columns\n", title_fontsize=11
     )
