@@ -23,13 +23,14 @@ from wam.convert.keys import KeyMap
 from wam.evaluation.conformance.build import build, gradient_norms, outside
 from wam.evaluation.conformance.case import Case
 from wam.evaluation.conformance.stages import Plan, Stage, group
-from wam.flow import add_noise, velocity_target
+from wam.flow import TIMESTEPS, add_noise, velocity_target
 from wam.model.conditions import Conditions
 from wam.model.sampling import Noise, Sample, Situation, Step, sample
 from wam.model.wam import Hidden, Window, WorldActionModel
 from wam.relations import Mode, Reach, dense_masks
 from wam.timeline import FIRST_BLOCK, Kind
-from wam.training.objective import Targets, losses_of
+from wam.training.noise import level_weights
+from wam.training.objective import Losses, action_errors, video_errors
 
 NAME = "fast_wam"
 MODES = {"base": "skip", "joint": "joint", "idm": "imagine"}
@@ -121,14 +122,14 @@ def _window(setup: Setup) -> tuple[Window, dict[str, Tensor]]:
     def noised(noise: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         t_BF = t_B[:, None].repeat(1, frames)
         t_BF[:, 0] = 0.0  # the first frame is given
-        return add_noise(latents, noise, t_BF[:, None, :, None, None] / 1000), t_BF
+        return add_noise(latents, noise, t_BF[:, None, :, None, None] / TIMESTEPS), t_BF
 
     noisy, t_BF = noised(given("train/noise_video"), given("train/timestep_video"))
     clean, clean_t_BF = latents, torch.zeros(batch, frames)
     if "train/timestep_video_cond" in setup.case.inputs:
         clean, clean_t_BF = noised(given("train/noise_video_cond"), given("train/timestep_video_cond"))
     action_t_BT = given("train/timestep_action")[:, None].repeat(1, steps)
-    noisy_actions = add_noise(actions, given("train/noise_action"), action_t_BT[..., None] / 1000)
+    noisy_actions = add_noise(actions, given("train/noise_action"), action_t_BT[..., None] / TIMESTEPS)
     window = Window(clean, noisy[:, :, 1:], actions, noisy_actions, clean_t_BF, t_BF[:, 1:], action_t_BT, torch.zeros(batch, dtype=torch.int64))
     return window, {"train/noisy_latents": noisy, "train/noisy_actions": noisy_actions, "train/cond_latents": clean}
 
@@ -141,13 +142,7 @@ def _train(setup: Setup) -> dict[str, Tensor]:
     layout = model.training_layout(1)
     mask = dense_masks([setup.mode.table], layout, Reach.of(model.config.timeline)).unsqueeze(1)
     video, action = model(window, conditions, mask)
-    targets = Targets(
-        velocity_target(given("train/latents"), given("train/noise_video"))[:, :, 1:],
-        velocity_target(given("train/actions"), given("train/noise_action")),
-        given("train/image_is_pad").bool(),
-        given("train/action_is_pad").bool(),
-    )
-    losses = losses_of(model.config, [setup.mode] * len(video), window, (video, action), targets)
+    losses = _losses(setup, window, video, action)
     loss = model.config.training.video_weight * losses.video() + model.config.training.action_weight * losses.action()
     with torch.no_grad():
         first = _first_velocity(model, model.hidden_train(window, conditions, mask, layout), out["train/noisy_latents"][:, :, :1], layout.span(Kind.H))
@@ -160,6 +155,24 @@ def _train(setup: Setup) -> dict[str, Tensor]:
         "train/loss_action": losses.action().reshape(1),
         "train/grad_l2": gradient_norms(model, sorted(case.weights), setup.keys, loss),
     }
+
+
+def _losses(setup: Setup, window: Window, video: Tensor, action: Tensor) -> Losses:
+    """The objective's errors; a latent frame is padding when all of its pixel frames are, as the release has it."""
+    given, config = setup.case.input, setup.model.config
+    frame_pad = given("train/image_is_pad").bool()[:, 1:].unflatten(1, (-1, config.timeline.temporal_stride)).all(dim=2)
+    action_seen = ~given("train/action_is_pad").bool()
+    targets = (
+        velocity_target(given("train/latents"), given("train/noise_video"))[:, :, 1:],
+        velocity_target(given("train/actions"), given("train/noise_action")),
+    )
+    weights = (level_weights(config.noise.video, window.video_t_BF / TIMESTEPS), level_weights(config.noise.action, window.action_t_BT / TIMESTEPS))
+    return Losses(
+        [setup.mode.name] * len(video),
+        video_errors(video, targets[0], weights[0], ~frame_pad),
+        action_errors(action, targets[1], weights[1], action_seen.unsqueeze(2)),
+        config.training.reduction,
+    )
 
 
 def _first_velocity(model: WorldActionModel, hidden: Hidden, latents_BC1HW: Tensor, tokens: slice) -> Tensor:
