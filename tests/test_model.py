@@ -12,7 +12,7 @@ from wam.model.attention import attention
 from wam.model.backbone import Backbone, Levels
 from wam.model.rotary import Rotary
 from wam.model.wam import Noisy, Window, WorldActionModel
-from wam.relations import get_mode
+from wam.relations import Reach, get_mode
 from wam.timeline import FIRST_BLOCK, Kind, training_layout
 
 MODES = ["skip", "joint", "joint_mutual", "imagine", "forward"]
@@ -24,12 +24,13 @@ def _wan_like(model: Backbone, latents: torch.Tensor, sigma_BF: torch.Tensor, te
     _, _, frames, height, width = latents.shape
     grid = (height // 2, width // 2)
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (frames, *grid)))
+    positions = torch.nn.functional.pad(positions, (0, 1))
     rotary = Rotary.at(positions, model.config.attention_head_dim)
     patches = grid[0] * grid[1]
-    modulation = model.embed_levels(Levels(sigma_BF, torch.arange(frames).repeat_interleave(patches)))
+    modulation = model.embed_levels(Levels(sigma_BF * TIMESTEPS, (patches,) * frames))
     context = model.embed_text(text, torch.arange(len(latents)))
     x = model.run(model.embed_video(latents), modulation, context, lambda layer: lambda q, k, v: attention(rotary.rotate(q), rotary.rotate(k), v))
-    return model.video_head(x, modulation, slice(None), grid)
+    return model.video_head(x, modulation, grid)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -61,7 +62,7 @@ def _rollout(model: WorldActionModel, window: Window, mode: str, kinds: tuple[Ki
     """Block by block through the cache, as a robot would go, with the window's own contents; velocities of V and A."""
     table, t = get_mode(mode).table, model.config.timeline
     k, a, batch = t.latents_per_block, t.actions_per_block, len(window.state_BNS)
-    context = model.backbone.prepare_context(model.encode_text(["open the drawer", "close it", "open the drawer"][:batch]))
+    context = model.prepare(model.encode_text(["open the drawer", "close it", "open the drawer"][:batch]))
     cache = model.new_cache(batch)
     videos, actions = [], []
 
@@ -80,9 +81,9 @@ def _rollout(model: WorldActionModel, window: Window, mode: str, kinds: tuple[Ki
         view = model.view(cache, table, kinds, [block] * batch)
         noisy = Noisy(
             window.noisy_BCFHW[:, :, frames] if Kind.V in kinds else None,
-            window.video_sigma_BF[:, block * k : block * k + 1] if Kind.V in kinds else None,
+            window.video_t_BF[:, block * k : block * k + 1] if Kind.V in kinds else None,
             window.noisy_action_BTA[:, acts] if Kind.A in kinds else None,
-            window.action_sigma_BT[:, acts] if Kind.A in kinds else None,
+            window.action_t_BT[:, acts] if Kind.A in kinds else None,
         )
         video, action = model.denoise(view, noisy, context, window.embodiment_B)
         videos.append(video)
@@ -95,7 +96,7 @@ def _rollout(model: WorldActionModel, window: Window, mode: str, kinds: tuple[Ki
 def _teacher(model: WorldActionModel, window: Window, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
     batch, blocks = window.state_BNS.shape[:2]
     layout = training_layout(model.clock, blocks)
-    mask = get_mode(mode).table.dense(layout, model.config.timeline.history)[None, None].expand(batch, 1, -1, -1)
+    mask = get_mode(mode).table.dense(layout, Reach.of(model.config.timeline))[None, None].expand(batch, 1, -1, -1)
     return model.forward_train(window, model.encode_text(["open the drawer", "close it", "open the drawer"][:batch]), mask)
 
 
@@ -157,7 +158,7 @@ def test_a_cache_row_at_another_block_gets_what_it_would_get_alone() -> None:
 
     model = tiny_model(tiny_config())
     windows = [random_window(model, 1, blocks=4, seed=s) for s in (3, 4)]
-    context = model.backbone.prepare_context(model.encode_text(["open the drawer"]))
+    context = model.prepare(model.encode_text(["open the drawer"]))
     table, alone, caches, at = get_mode("skip").table, [], [], [1, 3]
     for window, block in zip(windows, at, strict=True):
         cache = model.new_cache(1)
@@ -167,8 +168,8 @@ def test_a_cache_row_at_another_block_gets_what_it_would_get_alone() -> None:
         view = model.view(cache, table, (Kind.A,), [block])
         alone.append(model.denoise(view, _actions_only(window), context, window.embodiment_B)[1])
     both = KVCache.concat(caches)
-    noisy = Noisy(None, None, *(torch.cat(x) for x in zip(*[(n.action_BTA, n.action_sigma_BT) for n in map(_actions_only, windows)], strict=True)))
-    context = model.backbone.prepare_context(model.encode_text(["open the drawer"] * 2))
+    noisy = Noisy(None, None, *(torch.cat(x) for x in zip(*[(n.action_BTA, n.action_t_BT) for n in map(_actions_only, windows)], strict=True)))
+    context = model.prepare(model.encode_text(["open the drawer"] * 2))
     view = model.view(both, table, (Kind.A,), at)
     together = model.denoise(view, noisy, context, torch.zeros(2, dtype=torch.int64))[1]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
@@ -187,7 +188,7 @@ def _history(window: Window, block: int, model: WorldActionModel):
 
 
 def _actions_only(window: Window) -> Noisy:
-    return Noisy(None, None, window.noisy_action_BTA[:, :8], window.action_sigma_BT[:, :8])
+    return Noisy(None, None, window.noisy_action_BTA[:, :8], window.action_t_BT[:, :8])
 
 
 @pytest.mark.parametrize("supervised", ["video", "action"])

@@ -30,7 +30,7 @@ from wam.evaluation.episodes import Driver, Gate, Memory, Stream, Watcher
 from wam.evaluation.rollout import Film, check_environment, check_settings, rollout
 from wam.evaluation.vector import Observations
 from wam.inference.session import Plan, Session
-from wam.model.sampling import Solver
+from wam.config import SamplingConfig
 from wam.pretrained import Policy, save_pretrained
 
 SIDE = 32
@@ -163,7 +163,7 @@ class Recorder(Watcher):
 
 @pytest.mark.parametrize(("mode", "replan"), [("skip", 8), ("joint", 8), ("imagine", 4)])
 def test_side_by_side_equals_one_by_one(policy: Policy, mode: str, replan: int) -> None:
-    driver, seeds = Driver(policy, mode, Solver(2), replan, 7), [20000, 20001, 20002]
+    driver, seeds = Driver(policy, mode, SamplingConfig(steps=2), replan, 7), [20000, 20001, 20002]
     together = Recorder(seeds)
     episodes = driver.drive(FakeVector("fake", 3), seeds, [together])
     for seed, episode in zip(seeds, episodes, strict=True):
@@ -195,7 +195,7 @@ def new_memory(kind: type[Stream] | type[Memory], policy: Policy) -> Stream | Me
 
 
 def planned(memory: Stream | Memory) -> np.ndarray:
-    actions = memory.session.plan("joint", Solver(2)).actions
+    actions = memory.session.plan("joint", SamplingConfig(steps=2)).actions
     assert actions is not None
     return actions
 
@@ -225,7 +225,7 @@ def test_a_window_laid_in_the_middle_of_a_block_ends_at_the_present(policy: Poli
     for begin in (4, 12):
         late.commit(executed[:, begin : begin + 8])
         late.observe(frames[:, begin // stride : begin // stride + 4], states[:, begin + 7])
-    expected = late.plan("joint", Solver(2)).actions
+    expected = late.plan("joint", SamplingConfig(steps=2)).actions
     np.testing.assert_allclose(planned(memory), expected, atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_the_gate_clips_counts_and_refuses() -> None:
 def test_a_plan_that_is_not_finite_stops_the_evaluation(policy: Policy) -> None:
     broken = json.loads(json.dumps(policy.normalizer))
     broken["keys"]["action"]["center"][2] = float("nan")
-    driver = Driver(dataclasses.replace(policy, normalizer=broken), "skip", Solver(1), 8, 0)
+    driver = Driver(dataclasses.replace(policy, normalizer=broken), "skip", SamplingConfig(steps=1), 8, 0)
     with pytest.raises(ValueError, match=r"mode 'skip' at control step 0 .*seeds \[20001\].*nan at action 0, dimension 2"):
         driver.drive(FakeVector("fake", 1), [20001])
 
@@ -268,7 +268,7 @@ def test_rollout_writes_what_a_reader_needs(checkpoint: Path, fake: type[FakeVec
 
 
 def test_filming_changes_nothing(policy: Policy) -> None:
-    driver, seeds, sent = Driver(policy, "skip", Solver(2), 4, 7), [20001, 20003], []
+    driver, seeds, sent = Driver(policy, "skip", SamplingConfig(steps=2), 4, 7), [20001, 20003], []
     for filmed in ([], [1]):
         record, film = Recorder(seeds), Film(driver, seeds, filmed, control_hz=80)
         driver.drive(FakeVector("fake", 2), seeds, [film, record])
@@ -279,7 +279,7 @@ def test_filming_changes_nothing(policy: Policy) -> None:
 
 def test_imagined_frames_lie_beside_those_that_came(policy: Policy) -> None:
     """Row 2 stands second in the batch when row 1 is over; of 4 imagined frames, the 3 that came in time are shown."""
-    film, rng = Film(Driver(policy, "joint", Solver(1), 8, 0), [1, 3, 5], [2], control_hz=80), np.random.default_rng(0)
+    film, rng = Film(Driver(policy, "joint", SamplingConfig(steps=1), 8, 0), [1, 3, 5], [2], control_hz=80), np.random.default_rng(0)
     latents = torch.randn(2, policy.config.codec.channels, 1, *policy.model.latent_size)
     frames = rng.integers(0, 255, (3, SIDE, SIDE, 3), dtype=np.uint8)
     result = StepResult(frames, np.zeros((6, 4), np.float32), np.zeros(6, np.float32), np.zeros(6, np.bool_), False)

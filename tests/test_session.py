@@ -8,7 +8,7 @@ from tiny import tiny_config, tiny_model
 from wam.codec.linear import LinearCodec
 from wam.data.normalize import Normalizer
 from wam.inference.session import Session
-from wam.model.sampling import Solver
+from wam.config import SamplingConfig
 from wam.pretrained import Policy
 
 RNG = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def test_more_solver_steps_and_seeds_change_a_plan(policy: Policy) -> None:
     for seed, steps in ((1, 2), (1, 4), (2, 2), (1, 2)):
         session = Session(policy, TASKS[:1], "metaworld", [seed])
         _observe(session, [0], 0)
-        plans.append(session.plan("skip", Solver(steps)).actions)
+        plans.append(session.plan("skip", SamplingConfig(steps=steps)).actions)
     assert np.array_equal(plans[0], plans[3])
     assert not np.allclose(plans[0], plans[1]) and not np.allclose(plans[0], plans[2])
 

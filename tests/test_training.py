@@ -11,7 +11,7 @@ from tiny import SMALL
 from wam.config import Config, load_config
 from wam.data.dataset import collate
 from wam.inference.session import Session
-from wam.model.sampling import Solver
+from wam.config import SamplingConfig
 from wam.model.wam import WorldActionModel
 from wam.pretrained import Policy, from_pretrained
 from wam.training import loop
@@ -149,7 +149,7 @@ def test_two_clips_can_be_memorised_and_are_sampled_back() -> None:
     session.observe(pair["frames"][:, :1].numpy(), states[:, 0])
     label = session.normalizer.unnormalize("action", pair["action"][:, :8].numpy())
     for mode in ("skip", "joint", "joint_mutual", "imagine"):
-        error = abs(session.plan(mode, Solver(8)).actions - label).mean()
+        error = abs(session.plan(mode, SamplingConfig(steps=8)).actions - label).mean()
         assert error < 0.1, f"{mode}: {error}"
     moving = abs(label[0] - label[1]).mean()
     assert moving > 0.2, "the two clips must differ, or matching them shows nothing"

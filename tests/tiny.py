@@ -53,8 +53,8 @@ def random_window(model: WorldActionModel, batch: int, blocks: int, seed: int = 
         state_BNS=normal(batch, blocks, 4),
         executed_BTA=normal(batch, blocks * a, 4),
         noisy_action_BTA=normal(batch, blocks * a, 4),
-        clean_sigma_BF=torch.zeros(batch, 1 + blocks * k),
-        video_sigma_BF=video_sigma,
-        action_sigma_BT=torch.rand(batch, blocks * a, generator=generator),
+        clean_t_BF=torch.zeros(batch, 1 + blocks * k),
+        video_t_BF=1000 * video_sigma,
+        action_t_BT=1000 * torch.rand(batch, blocks * a, generator=generator),
         embodiment_B=torch.zeros(batch, dtype=torch.int64),
     )

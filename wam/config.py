@@ -263,6 +263,7 @@ class ModelConfig:
     mlp_hidden: int | None = None  # width of that layer; default: the token's width
     action_width: int | None = None  # numbers in an action vector, padded; default: the widest embodiment's
     state_width: int | None = None  # likewise for states
+    action_padding: Literal["zero", "noise"] = "zero"  # what channels that a robot does not have hold while its actions are denoised (DreamZero: noise)
     embodiment_weights: Literal["own", "shared"] = "own"  # one set of encoders and decoders per embodiment, or one for all (DreamZero)
     goal_image: bool = False  # the model can be given a goal image
     attention: Literal["auto", "sdpa", "eager", "flex", "xformers", "flash"] = "auto"
@@ -293,6 +294,17 @@ class ModelConfig:
     def width(self) -> int:
         """D: heads x head_dim."""
         return self.heads * self.head_dim
+
+    def embodiment(self, name: str) -> EmbodimentConfig:
+        """The embodiment called `name`.
+
+        Raises:
+            ConfigError: naming those there are.
+        """
+        found = next((e for e in self.embodiments if e.name == name), None)
+        _require(found is not None, f"this model has no embodiment {name!r}; it was trained for {', '.join(e.name for e in self.embodiments)}", "name one of these")
+        assert found is not None
+        return found
 
     @property
     def token_width(self) -> int:
@@ -327,6 +339,7 @@ class SamplingConfig:
 
     solver: Literal["euler", "unipc"] = "euler"
     steps: int = 4
+    action_steps: int | None = None  # where actions are denoised apart from video; default: as many
     guidance: float = 1.0  # classifier-free guidance on video; 1: none
     negative_prompt: str = ""  # the instruction of guidance's other side
     video_stop: float = 0.0  # level at which imagined video stops before actions are read off it
@@ -335,8 +348,8 @@ class SamplingConfig:
     evaluations: int = 8  # with `mask`: how many of the steps are evaluated
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluations"):
-            _require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}", "it must be at least 1")
+        for name in ("steps", "evaluations", "action_steps"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}", "it must be at least 1")
         for name in ("video_stop", "video_final"):
             _require(0 <= getattr(self, name) < 1, f"sampling.{name} is {getattr(self, name)}", "a level to stop at lies in 0 <= level < 1")
         _require(0 < self.guidance < math.inf, f"sampling.guidance is {self.guidance}", "it must be positive; 1 means none")
@@ -373,7 +386,7 @@ class LevelsConfig:
             _require(0 < getattr(self, name) < math.inf, f"{where} {name} is {getattr(self, name)}", "it must be positive and finite")
         _require(math.isfinite(self.mean), f"{where} mean is {self.mean}", "it must be finite")
         _require(0 <= self.low < self.high <= 1, f"{where} low..high is {self.low}..{self.high}", "expected 0 <= low < high <= 1")
-        _require(self.table is None or self.table >= 1, f"{where} table is {self.table}", "expected at least 1 entry, or null for a continuum")
+        _require(self.table is None or self.table >= 2, f"{where} table is {self.table}", "expected at least 2 entries, or null for a continuum")
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ class Codec(Protocol):
         """uint8 frames (B, F, H, W, 3) to float32 latents (B, C, F', h, w); `first`: they begin with a clip's first frame."""
         ...
 
+    def encode_pixels(self, pixels_BFHWC: Tensor) -> Tensor:
+        """`encode` of a clip from its first frame, whose pixels need not be whole numbers (float, 0..255)."""
+        ...
+
     def decode(self, latents_BCFHW: Tensor, first: bool = True) -> Tensor:
         """Latents (B, C, F', h, w) to uint8 frames (B, F, H, W, 3); `first`: the first latent holds one frame."""
         ...

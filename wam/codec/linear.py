@@ -116,6 +116,10 @@ class LinearCodec(nn.Module):
         z = torch.matmul(x, self.basis.T) / self.scale
         return z.permute(0, 4, 1, 2, 3).contiguous()
 
+    def encode_pixels(self, pixels_BFHWC: Tensor) -> Tensor:
+        """`encode` of a clip from its first frame, whose pixels need not be whole numbers (float, 0..255)."""
+        return self.encode(pixels_BFHWC)
+
     @torch.no_grad()
     def decode(self, latents_BCFHW: Tensor, first: bool = True) -> Tensor:
         """Latents (B, C, F', h, w) to uint8 frames (B, F, H, W, 3); `first`: the first latent holds one frame."""

@@ -166,6 +166,12 @@ class WanCodec(nn.Module):
         _check_frames(frames_BFHWC, first, self.patch)
         return self.stream().encode(torch.cat([frames_BFHWC[:, :1], frames_BFHWC], dim=1))[:, :, 1:]
 
+    def encode_pixels(self, pixels_BFHWC: Tensor) -> Tensor:
+        """`encode` of a clip from its first frame, whose pixels need not be whole numbers (float, 0..255)."""
+        memory = _forgotten(self.vae.encoder)
+        sizes = [1] + [self.temporal_stride] * ((pixels_BFHWC.shape[1] - 1) // self.temporal_stride)
+        return torch.cat([self.encode_part(part, memory) for part in pixels_BFHWC.split(sizes, dim=1)], dim=2)
+
     def decode(self, latents_BCFHW: Tensor, first: bool = True) -> Tensor:
         """Latents (B, C, F', h, w) to uint8 frames (B, F, H, W, 3); `first`: the first latent holds one frame.
 

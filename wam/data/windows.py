@@ -9,6 +9,8 @@ Row i holds what was observed at control step i and the action that was executed
     states    S0                              S1                     each block's first row
     actions   a0  a1  a2  a3  a4  a5  a6  a7  a8  a9  a10 ...        N * A, every row (a15 leads to f8)
 
+Where the first frame is inside block 0, the actions begin `timeline.lead` rows earlier: those lead to the first frame and are padding.
+
 A window may reach beyond its episode: such indices are clamped to the last row and marked as padding.  Its first block never
 does, and neither do the frames that close it; an episode without room for one block has no windows.
 """
@@ -59,14 +61,14 @@ def window_indices(length: int, start: int, timeline: TimelineConfig) -> WindowI
     last = length - 1
     frames = start + timeline.stride * np.arange(timeline.frames)
     state = start + timeline.actions_per_block * np.arange(timeline.blocks)
-    action = start + np.arange(timeline.blocks * timeline.actions_per_block)
+    action = start - timeline.lead + np.arange(timeline.blocks * timeline.actions_per_block)
     return WindowIndices(
         np.minimum(frames, last),
         frames > last,
         np.minimum(state, last),
         state > last,
-        np.minimum(action, last),
-        action > last,
+        np.clip(action, 0, last),
+        (action > last) | (action < start),
     )
 
 

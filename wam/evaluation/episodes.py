@@ -28,7 +28,7 @@ from torch import Tensor
 from wam.evaluation.environments import Floats, StepResult
 from wam.evaluation.vector import Observations, VectorEnv
 from wam.inference.session import Plan, Session
-from wam.model.sampling import Solver
+from wam.config import SamplingConfig
 from wam.pretrained import Policy
 
 TOLERANCE = 0.05  # of the action box's width: a plan that lies on the edge, as experts' actions often do, overshoots by a little
@@ -164,7 +164,7 @@ class Driver:
 
     policy: Policy
     mode: str
-    solver: Solver
+    solver: SamplingConfig
     replan: int
     noise_seed: int
 
@@ -242,7 +242,7 @@ def generator_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def imagine_outcome(session: Session, rows: Sequence[int], actions: Floats, solver: Solver, seeds: Sequence[int]) -> Tensor:
+def imagine_outcome(session: Session, rows: Sequence[int], actions: Floats, solver: SamplingConfig, seeds: Sequence[int]) -> Tensor:
     """What some rows of a session think will follow from actions (n, A, Da): latents (n, C, k, h, w).
 
     The session itself is left as it is, its generators included.

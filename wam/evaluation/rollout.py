@@ -36,7 +36,7 @@ from wam.evaluation.statistics import percentile, wilson
 from wam.evaluation.vector import VectorEnv
 from wam.files import write_json_atomic
 from wam.inference.session import Plan, Session
-from wam.model.sampling import Solver
+from wam.config import SamplingConfig
 from wam.pretrained import WEIGHTS, Policy, from_pretrained
 from wam.relations import MODES, get_mode
 from wam.timeline import Kind
@@ -92,7 +92,7 @@ def rollout(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, 
 
 def _drive_mode(mode: str, policy: Policy, config: RolloutConfig, env: VectorEnv, results: dict[str, Any], path: Path) -> None:
     """Drive what is missing of one mode, wave by wave, then measure its latency."""
-    driver = Driver(policy, mode, Solver(config.steps), replan_of(policy, config), config.seed)
+    driver = Driver(policy, mode, SamplingConfig(steps=config.steps), replan_of(policy, config), config.seed)
     done = [Episode(**entry) for entry in results["modes"].get(mode, {}).get("episode_results", [])]
     known = {episode.seed for episode in done}
     seeds = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in known]

@@ -7,12 +7,17 @@
     session.observe(frames, state)                   # the block's 4k frames and the next state
     plan = session.plan("joint")                     # any mode, any time, from the same memory
 
-Observations arrive in physical units and uint8 pixels; plans leave in physical units.  The cache holds what was really observed
-and executed; what a plan imagined never stays in it.  Rows are independent: a batch gives each row what it would get alone.
+Observations arrive in physical units and uint8 pixels; plans leave in physical units.  The cache holds what was really observed and
+executed; what a plan imagined never stays in it.  Rows are independent: a batch gives each row what it would get alone.
+
+What depends on the instruction alone is computed when the session opens, what depends on the first frame when that is seen.  A model
+that cannot go on for ever (positions counted from the first frame, or a first frame joined to the channels) starts again from the newest
+frame when a window's blocks are full, as DreamZero does.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +27,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wam.codec.first_frame import first_frame_condition
+from wam.config import SamplingConfig
 from wam.data.normalize import Normalizer
-from wam.model.sampling import Noise, Sample, Situation, Solver, sample
+from wam.model.actions import channels_of, pad_actions, pad_states
+from wam.model.conditions import Conditions
+from wam.model.sampling import Held, Noise, Sample, Situation, sample
 from wam.pretrained import Policy
-from wam.relations import get_mode
+from wam.relations import untrained_mode_warning
+from wam.text.text import prompts
 from wam.timeline import FIRST_BLOCK, Kind
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,32 +59,66 @@ class Plan:
 class Session:
     """See the module's docstring.  All rows advance together; drop the finished ones with `select`."""
 
-    def __init__(self, policy: Policy, instructions: Sequence[str], embodiment: str, seeds: Sequence[int]):
+    def __init__(self, policy: Policy, instructions: Sequence[str], embodiment: str, seeds: Sequence[int], goals: np.ndarray | None = None):
+        """Open a session.
+
+        Args:
+            goals: goal images, uint8 (B, H, W, 3), for models that take them.
+
+        Raises:
+            ValueError: as many instructions as seeds are needed, none of them empty; an embodiment or a goal that the model does not know.
+        """
         if len(instructions) != len(seeds):
             raise ValueError(f"{len(instructions)} instructions and {len(seeds)} seeds; give one of each per row")
-        self.policy = policy
-        self.model = policy.model
+        if not all(text.strip() for text in instructions):
+            raise ValueError("the instruction is empty; every episode needs a language task")
+        self.policy, self.model, self.config = policy, policy.model, policy.config
         self.normalizer = Normalizer.from_dict(policy.normalizer)
         index = self.model.embodiment_index(embodiment)
-        self.embodiment_B = torch.full((len(seeds),), index, device=self.model.device)
-        self.dims = next(e for e in policy.config.model.embodiments if e.name == embodiment)
+        self.dims = self.config.model.embodiment(embodiment)
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.timings: dict[str, float] = {}
+        self.guided = self.config.sampling.guidance != 1
+        self._warned: set[str] = set()
+        self.embodiment_B = torch.full((self.batch * self._sides,), index, device=self.model.device)
         with torch.no_grad(), self._timed("text"):
-            self.context = self.model.backbone.prepare_context(self.model.encode_text(list(instructions)))
+            texts = prompts(instructions, self.config.text.template)
+            negative = [self.config.sampling.negative_prompt] * len(texts) if self.guided else []
+            self.instructions = self.model.prepare(self.model.encode_text([*texts, *negative]))
+        self.goal = self._encode_goal(goals)
         self.reset()
 
     @property
     def batch(self) -> int:
-        """B: rows."""
+        """B: robots."""
         return len(self.generators)
 
+    @property
+    def _sides(self) -> int:
+        """Rows of the cache a robot: with guidance, one for the instruction and one for the negative prompt."""
+        return 2 if self.guided else 1
+
+    @property
+    def _first_inside(self) -> bool:
+        return self.config.timeline.first_frame == "inside"
+
+    @property
+    def _lasts(self) -> int | None:
+        """Blocks until the memory starts again; None: for ever."""
+        m = self.config.model
+        return self.config.timeline.blocks if m.positions == "index" or m.first_frame == "concat" else None
+
     def reset(self) -> None:
-        """Forget everything observed; keep the instruction."""
-        self.cache = self.model.new_cache(self.batch)
+        """Forget everything observed; keep the instruction and the goal."""
+        self.cache = self.model.new_cache(self.batch * self._sides)
         self.stream = self.policy.codec.stream()
+        self.conditions: Conditions = self.instructions
         self.block = FIRST_BLOCK
         self.committed = True
+        self.state: Tensor | None = None  # where states are not cached
+        self.first: Tensor | None = None  # where the first frame is inside block 0
+
+    # ------------------------------------------------------------------------------------------ the loop
 
     def observe(self, frames: np.ndarray, state: np.ndarray | None) -> Tensor:
         """Take in what was seen since the last call, and the state now; returns its latents (B, C, F, h, w).
@@ -85,29 +131,39 @@ class Session:
             ValueError: wrong shapes, non-finite states, or a block whose executed actions were never committed.
         """
         self._check_observation(frames, state)
-        kind = Kind.H if self.block == FIRST_BLOCK else Kind.VC
+        if self._lasts is not None and self.block + 1 >= self._lasts and self.block != FIRST_BLOCK:
+            self.reset()
+            frames = frames[:, -1:]
         with torch.no_grad():
             with self._timed("encode"):
-                latents = self.stream.encode(torch.from_numpy(np.ascontiguousarray(frames)).to(self.model.device))
+                pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.model.device)
+                latents = self.stream.encode(pixels)
+            if self.block == FIRST_BLOCK:
+                with self._timed("first frame"):
+                    self._begin(pixels)
             with self._timed("prefill"):
-                self._advance(kind, latents, state)
+                self._advance(latents, state)
         return latents
 
-    def plan(self, mode: str, solver: Solver | None = None, actions: np.ndarray | None = None) -> Plan:
+    def plan(self, mode: str, sampling: SamplingConfig | None = None, actions: np.ndarray | None = None, committed: np.ndarray | None = None) -> Plan:
         """Plan the coming block.
 
         Args:
-            mode: a mode of `wam.relations`.
+            mode: a mode of `wam.relations`; one that the model was not trained for warns.
+            sampling: how; default: as the checkpoint says.
             actions: for `forward`, the actions (B, A, action_dim) whose outcome is imagined, physical units.
+            committed: the block's first n actions (B, n, action_dim), where they are decided already: they are held, the rest follows.
 
         Raises:
-            ValueError: unknown mode, missing or misshapen actions, or nothing observed yet.
+            ValueError: unknown mode, missing or misshapen actions, guidance that the model cannot give, or nothing observed yet.
         """
         if self.block == FIRST_BLOCK:
             raise ValueError("nothing has been observed yet; call observe(first_frame, state) before plan()")
+        self._warn_if_untrained(mode)
         given = None if actions is None else self._normal_actions(actions)
+        how = sampling or self.config.sampling
         with self._timed("denoise"):
-            out = sample(self.model, get_mode(mode), self._situation(), self._noise(), solver or Solver(), given)
+            out = sample(self.model, self.model.relations.mode(mode), self._situation(committed), self._noise(), how, given)
         with self._timed("post"):
             plan_actions = None if out.action_BTA is None else self._physical(out)
         timings, self.timings = self.timings, {}
@@ -127,59 +183,149 @@ class Session:
         The state that would go with them is not known, and is left out.
         """
         with torch.no_grad():
-            self._advance(Kind.VC, latents, None)
+            self._advance(latents, None)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows, in the given order."""
-        index = torch.tensor(list(rows), dtype=torch.int64)
-        self.cache = self.cache.select(list(rows))
-        self.context = self.context.select(index.to(self.model.device))
-        self.embodiment_B = self.embodiment_B[index.to(self.model.device)]
-        self.generators = [self.generators[r] for r in rows]
+        chosen = list(rows)
+        both = [*chosen, *(row + self.batch for row in chosen)] if self.guided else chosen
+        index = torch.tensor(both, dtype=torch.int64)
+        on_device = index.to(self.model.device)
+        self.cache = self.cache.select(both)
+        self.instructions, self.conditions = self.instructions.select(on_device), self.conditions.select(on_device)
+        self.embodiment_B = self.embodiment_B[on_device]
+        self.generators = [self.generators[r] for r in chosen]
+        self.stream = self.stream.select(chosen)
+        self.state, self.first, self.goal = (None if x is None else x[chosen] for x in (self.state, self.first, self.goal))
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _situation(self) -> Situation:
-        return Situation(self.cache, [self.block] * self.batch, self.context, self.embodiment_B)
+    def _situation(self, committed: np.ndarray | None) -> Situation:
+        state = None if self.state is None or not self.model.live_state else self._both(self.state).unsqueeze(1)
+        return Situation(self.cache, self._blocks, self.conditions, self.embodiment_B, state, self._held(committed), self.guided)
 
-    def _advance(self, kind: Kind, latents: Tensor, state: np.ndarray | None) -> None:
+    @property
+    def _blocks(self) -> list[int]:
+        return [self.block] * (self.batch * self._sides)
+
+    def _held(self, committed: np.ndarray | None) -> Held:
+        """What of the coming block is given: a committed prefix of its actions; inside block 0, the first frame and the actions that would lead to it."""
+        t, lead = self.config.timeline, self.config.timeline.lead if self.block == 0 else 0
+        count = lead + (0 if committed is None else committed.shape[1])
+        video = action = None
+        if self.first is not None and self.block == 0:
+            values = torch.cat([self.first, self.first.expand(-1, -1, t.latents_per_block - 1, -1, -1)], dim=2) if t.latents_per_block > 1 else self.first
+            video = (values, torch.arange(t.latents_per_block, device=values.device).expand(self.batch, -1) == 0)
+        if count:
+            values = torch.zeros(self.batch, t.actions_per_block, self.config.model.actions, device=self.model.device)
+            if committed is not None:
+                values[:, lead:count] = self._normalized(committed)
+            action = (values, torch.arange(t.actions_per_block, device=values.device).expand(self.batch, -1) < count)
+        return Held(video, action)
+
+    def _begin(self, pixels_B1HWC: Tensor) -> None:
+        """What depends on the first frame alone: its image embeddings, and what is joined to the channels."""
+        if self.policy.image is not None:
+            embedded = self.policy.image(pixels_B1HWC[:, 0]).to(self.model.device)
+            self.conditions = self.model.prepare(self.model.with_image(self.conditions, self._both(embedded)))
+        if self.config.model.first_frame == "concat":
+            condition = first_frame_condition(self.policy.codec, pixels_B1HWC, self.config.timeline.latents)
+            self.conditions = self.conditions.with_first_frame(self._both(condition))
+        if self.goal is not None:
+            self._prefill(Kind.G, self.goal)
+
+    def _advance(self, latents: Tensor, state: np.ndarray | None) -> None:
         """Write a block's frames, and the state at the start of the next."""
-        self._prefill(kind, latents)
+        normal = None
+        if state is not None and self.model.state_encoder is not None:
+            normal = pad_states(self.config.model, torch.from_numpy(self.normalizer.normalize("state", state.astype(np.float32)))).to(self.model.device)
+        if normal is not None and self.config.model.state == "context":
+            self.conditions = self.model.prepare(self.model.with_state(self.conditions, self._both(normal), self.embodiment_B))
+        begins = self.block == FIRST_BLOCK
+        if begins and self._first_inside:
+            self.first = latents
+        elif begins:
+            self._prefill(Kind.H, latents)
+        else:
+            self._prefill(Kind.VC, torch.cat([self.first, latents], dim=2) if self.block == 0 and self.first is not None else latents)
         self.block += 1
         self.committed = False
-        if state is not None:
-            normal = self.normalizer.normalize("state", state.astype(np.float32))
-            self._prefill(Kind.S, torch.from_numpy(normal).to(self.model.device).unsqueeze(1))
+        if normal is not None and self.config.model.state == "token":
+            self.state = normal
+            if not self.model.live_state:
+                self._prefill(Kind.S, normal.unsqueeze(1))
+        if begins and self.first is not None and self.config.timeline.latents_per_block == 1:
+            self._skip_the_first_block()
+
+    def _skip_the_first_block(self) -> None:
+        """Block 0 is the first frame alone: nothing of it is to be planned."""
+        t = self.config.timeline
+        assert self.first is not None
+        self._prefill(Kind.VC, self.first)
+        self._prefill(Kind.AC, torch.zeros(self.batch, t.actions_per_block, self.config.model.actions, device=self.model.device))
+        self.block = 1
 
     def _prefill(self, kind: Kind, value: Tensor) -> None:
-        self.model.prefill(self.cache, get_mode("skip").table, kind, value, [self.block] * self.batch, self.context, self.embodiment_B)
+        table = self.model.relations.mode("skip").table
+        self.model.prefill(self.cache, table, kind, self._both(value), self._blocks, self.conditions, self.embodiment_B)
+
+    def _both(self, x: Tensor) -> Tensor:
+        """What every robot has, for every row of the cache."""
+        return torch.cat([x, x]) if self.guided else x
 
     def _noise(self) -> Noise:
-        t, c = self.policy.config.timeline, self.policy.config.codec
-        width = max(e.action_dim for e in self.policy.config.model.embodiments)
-        height_width = self.model.latent_size
+        t, c, width = self.config.timeline, self.config.codec, self.config.model.actions
         action = torch.stack([torch.randn(t.actions_per_block, width, generator=g) for g in self.generators])
-        video = torch.stack([torch.randn(c.channels, t.latents_per_block, *height_width, generator=g) for g in self.generators])
+        video = torch.stack([torch.randn(c.channels, t.latents_per_block, *self.model.latent_size, generator=g) for g in self.generators])
         return Noise(action.to(self.model.device), video.to(self.model.device))
 
+    def _warn_if_untrained(self, mode: str) -> None:
+        if mode not in self._warned:
+            self._warned.add(mode)
+            warning = untrained_mode_warning(self.config, mode)
+            if warning:
+                log.warning("%s", warning)
+
+    def _encode_goal(self, goals: np.ndarray | None) -> Tensor | None:
+        if goals is None:
+            return None
+        if not self.config.model.goal_image:
+            raise ValueError("a goal image was given, but this model takes none; train one with model.goal_image=true and training.goal_image above 0")
+        expected = (self.batch, *self.config.codec.image_size, 3)
+        if goals.shape != expected or goals.dtype != np.uint8:
+            raise ValueError(f"goals are {goals.dtype} {goals.shape}; expected uint8 (rows, height, width, 3) = {expected}")
+        with torch.no_grad(), self._timed("goal"):
+            return self.policy.codec.encode(torch.from_numpy(np.ascontiguousarray(goals)).to(self.model.device).unsqueeze(1))
+
+    # ------------------------------------------------------------------------------------------ units and checks
+
     def _physical(self, out: Sample) -> np.ndarray:
+        """Sampled actions that are the robot's to execute, in physical units."""
         assert out.action_BTA is not None
-        return self.normalizer.unnormalize("action", out.action_BTA[..., : self.dims.action_dim].float().cpu().numpy())
+        own = out.action_BTA[:, self.config.timeline.lead if self.block == 0 else 0 :, channels_of(self.dims)]
+        return self.normalizer.unnormalize("action", own.float().cpu().numpy())
+
+    def _normalized(self, actions: np.ndarray) -> Tensor:
+        normal = torch.from_numpy(self.normalizer.normalize("action", actions.astype(np.float32)))
+        return pad_actions(self.config.model, self.dims, normal).to(self.model.device)
 
     def _normal_actions(self, actions: np.ndarray) -> Tensor:
-        expected = (self.batch, self.policy.config.timeline.actions_per_block, self.dims.action_dim)
+        """A block's actions, normalised and padded; in block 0, behind the zeros that lead to a first frame inside it."""
+        lead = self.config.timeline.lead if self.block == 0 else 0
+        expected = (self.batch, self.config.timeline.actions_per_block - lead, self.dims.action_dim)
         if actions.shape != expected:
             raise ValueError(f"actions have shape {actions.shape}; expected (rows, actions_per_block, action_dim) = {expected}")
         if not np.isfinite(actions).all():
             raise ValueError("actions hold non-finite numbers; nothing was written to the session's memory")
-        normal = self.normalizer.normalize("action", actions.astype(np.float32))
-        return torch.from_numpy(normal).to(self.model.device)
+        normal = self._normalized(actions)
+        return torch.nn.functional.pad(normal, (0, 0, lead, 0))
 
     def _check_observation(self, frames: np.ndarray, state: np.ndarray | None) -> None:
         if not self.committed:
             raise ValueError("the actions of this block were not committed; call commit(executed) before observe(frames, state)")
-        count = 1 if self.block == FIRST_BLOCK else self.policy.config.timeline.frames_per_block
-        expected = (self.batch, count, *self.policy.config.codec.image_size, 3)
+        t = self.config.timeline
+        count = 1 if self.block == FIRST_BLOCK else t.frames_per_block - (t.temporal_stride if self.block == 0 and self._first_inside else 0)
+        expected = (self.batch, count, *self.config.codec.image_size, 3)
         if frames.shape != expected or frames.dtype != np.uint8:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (rows, frames, height, width, 3) = {expected}")
         if state is None:

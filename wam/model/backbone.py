@@ -3,9 +3,9 @@
 Parameters, names, config and loader are `diffusers.WanTransformer3DModel`'s own; any Wan checkpoint in its layout loads here.
 What a world action model adds lives in our forward over its blocks:
 
-  * each token has its own noise level: the few distinct levels are embedded once and gathered per token;
+  * each token has its own noise level: tokens of one level lie side by side, each level is embedded once and broadcast over its run;
   * how queries meet keys is passed in (`Attend`): under a mask in training, against a cache at inference;
-  * cross-attention keys and values of an instruction can be computed once and passed in.
+  * cross-attention keys and values of an instruction, or of a first frame, can be computed once and passed in.
 
 With no action tokens, one level per frame and everything attending to everything, the output equals diffusers' own.
 """
@@ -13,82 +13,214 @@ With no action tokens, one level per frame and everything attending to everythin
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 
-from wam.flow import TIMESTEPS
 from wam.model.attention import attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # unrotated q, k, v, each (B, L, H, Dh) -> (B, L, H, Dh)
+KeysValues = tuple[Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------ noise levels
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Noise levels of a sequence: K distinct ones per sample, and which of them each token takes.
+    """Noise levels of a sequence: K of them per sample, each the level of a run of tokens.
 
     Attributes:
-        sigma_BK: float32 in [0, 1].
-        index_L: (L,) int64, the same for every sample of the batch.
+        timestep_BK: float32 in 0..1000.
+        runs: K lengths that sum to L, the same for every sample of the batch.
     """
 
-    sigma_BK: Tensor
-    index_L: Tensor
+    timestep_BK: Tensor
+    runs: tuple[int, ...]
 
-    def per_token(self) -> Tensor:
-        """(B, L) levels."""
-        return self.sigma_BK[:, self.index_L]
+
+@dataclass(frozen=True)
+class _Piece:
+    """Neighbouring runs of one length: `tokens` of the sequence are `levels` times `run`."""
+
+    tokens: slice
+    levels: slice
+    run: int
+
+
+@functools.lru_cache(maxsize=512)
+def _pieces(runs: tuple[int, ...]) -> tuple[_Piece, ...]:
+    pieces, token, level = [], 0, 0
+    while level < len(runs):
+        stop = level
+        while stop < len(runs) and runs[stop] == runs[level]:
+            stop += 1
+        size = (stop - level) * runs[level]
+        pieces.append(_Piece(slice(token, token + size), slice(level, stop), runs[level]))
+        token, level = token + size, stop
+    return tuple(pieces)
+
+
+@functools.lru_cache(maxsize=512)
+def _cut(runs: tuple[int, ...], start: int, stop: int) -> tuple[slice, tuple[int, ...]]:
+    """The levels of tokens start..stop, and how many of these tokens each has."""
+    lengths, first, offset = [], 0, 0
+    for level, run in enumerate(runs):
+        inside = min(stop, offset + run) - max(start, offset)
+        if inside > 0:
+            first = first if lengths else level
+            lengths.append(inside)
+        offset += run
+    return slice(first, first + len(lengths)), tuple(lengths)
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Embedded levels: `temb_BKD` for the heads, `shifts_BK6D` for the blocks, and the token index."""
+    """Embedded levels: `temb_BKD` for the heads, `shifts_BK6D` for the blocks, and the runs of tokens they hold for."""
 
     temb_BKD: Tensor
     shifts_BK6D: Tensor
-    index_L: Tensor
+    runs: tuple[int, ...]
 
     def of(self, table_16D: Tensor) -> tuple[Tensor, ...]:
-        """A block's six modulations (shift, scale, gate, twice), each (B, L, D) float32, or (B, 1, D) when there is one level."""
-        rows = (table_16D.unsqueeze(0) + self.shifts_BK6D.float()).unbind(dim=2)
-        return tuple(self._gather(r) for r in rows)
+        """A block's six modulations (shift, scale, gate, twice), each (B, K, D) float32."""
+        return (table_16D.unsqueeze(0) + self.shifts_BK6D.float()).unbind(dim=2)
 
-    def head(self, table_12D: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Shift and scale of an output head for a run of tokens."""
+    def head(self, table_12D: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale of an output head, each (B, K, D)."""
         shift, scale = (table_12D.unsqueeze(0) + self.temb_BKD.float().unsqueeze(2)).unbind(dim=2)
-        index = self.index_L[tokens]
-        return shift.index_select(1, index), scale.index_select(1, index)
+        return shift, scale
 
-    def _gather(self, row_BKD: Tensor) -> Tensor:
-        return row_BKD if row_BKD.shape[1] == 1 else row_BKD.index_select(1, self.index_L)
+    def narrow(self, tokens: slice) -> Modulation:
+        """The levels of a run of tokens."""
+        levels, runs = _cut(self.runs, tokens.start, tokens.stop)
+        return Modulation(self.temb_BKD[:, levels], self.shifts_BK6D[:, levels], runs)
+
+    @staticmethod
+    def cat(parts: Sequence[Modulation]) -> Modulation:
+        """One sequence after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return Modulation(torch.cat([p.temb_BKD for p in parts], 1), torch.cat([p.shifts_BK6D for p in parts], 1), tuple(r for p in parts for r in p.runs))
+
+
+def modulate(h_BLD: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, runs: tuple[int, ...]) -> Tensor:
+    """`h * (1 + scale) + shift`, each level over its run; nothing of size (B, L, D) but the result is made."""
+    return _join([torch.addcmul(_level(shift_BKD, p), _run(h_BLD, p), 1 + _level(scale_BKD, p)).flatten(1, 2) for p in _pieces(runs)])
+
+
+def add_gated(x_BLD: Tensor, h_BLD: Tensor, gate_BKD: Tensor, runs: tuple[int, ...]) -> Tensor:
+    """`x + gate * h` in float32, each level over its run; in the dtype of `x`."""
+    out = [torch.addcmul(_run(x_BLD, p).float(), _run(h_BLD, p).float(), _level(gate_BKD, p)).flatten(1, 2) for p in _pieces(runs)]
+    return _join(out).type_as(x_BLD)
+
+
+def _run(x_BLD: Tensor, piece: _Piece) -> Tensor:
+    return x_BLD[:, piece.tokens].unflatten(1, (-1, piece.run))
+
+
+def _level(row_BKD: Tensor, piece: _Piece) -> Tensor:
+    return row_BKD[:, piece.levels].unsqueeze(2)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def embed_levels(embedder: Any, levels: Levels) -> Modulation:
+    """Embed K levels with the weights of a `condition_embedder` (diffusers' names); angles in float32."""
+    t = levels.timestep_BK
+    sinusoid = embedder.timesteps_proj(t.flatten()).view(*t.shape, -1)
+    temb = embedder.time_embedder(sinusoid.type_as(embedder.time_proj.weight))
+    shifts = embedder.time_proj(nn.functional.silu(temb)).unflatten(-1, (6, -1))
+    return Modulation(temb, shifts, levels.runs)
+
+
+# ------------------------------------------------------------------------------------------------ conditions
 
 
 @dataclass(frozen=True)
 class Context:
-    """Instructions for cross-attention, each distinct one held once.
+    """What cross-attention sees: instructions, each distinct one held once, and per sample the tokens of an image.
 
     Attributes:
-        text_UTD: embedded text of U distinct instructions, in the backbone's width; or None when `keys_values` is given.
-        rows_B: which of the U each sample has.
-        keys_values: per layer (k, v), each (U, T, H, Dh), computed ahead.
+        rows_B: which of the U instructions each sample has.
+        text_UTD: embedded text in the width of the blocks; or None when `text_keys_values` is given.
+        text_keys_values: per layer (k, v), each (U, T, H, Dh), computed ahead.
+        image_BMD, image_keys_values: likewise for the image, one per sample; both None where the model takes none.
     """
 
     rows_B: Tensor
     text_UTD: Tensor | None = None
-    keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
+    text_keys_values: tuple[KeysValues, ...] | None = None
+    image_BMD: Tensor | None = None
+    image_keys_values: tuple[KeysValues, ...] | None = None
 
     def select(self, rows: Tensor) -> Context:
-        """The same instructions for some of the samples."""
-        return Context(self.rows_B[rows], self.text_UTD, self.keys_values)
+        """The same for some of the samples."""
+        image = None if self.image_BMD is None else self.image_BMD[rows]
+        image_kv = None if self.image_keys_values is None else tuple((k[rows], v[rows]) for k, v in self.image_keys_values)
+        return Context(self.rows_B[rows], self.text_UTD, self.text_keys_values, image, image_kv)
 
 
 def _heads(x: Tensor, attn: WanAttention) -> Tensor:
     return x.unflatten(-1, (attn.heads, -1))
+
+
+def text_keys_values(attn: WanAttention, text_UTD: Tensor) -> KeysValues:
+    """Cross-attention keys and values (U, T, H, Dh) of embedded instructions."""
+    v = attn.to_v(text_UTD)
+    return _heads(attn.norm_k(attn.to_k(text_UTD)).type_as(v), attn), _heads(v, attn)
+
+
+def image_keys_values(attn: WanAttention, image_BMD: Tensor) -> KeysValues:
+    """Cross-attention keys and values (B, M, H, Dh) of embedded images."""
+    v = attn.add_v_proj(image_BMD)
+    return _heads(attn.norm_added_k(attn.add_k_proj(image_BMD)).type_as(v), attn), _heads(v, attn)
+
+
+def cross_attention(attn: WanAttention, h_BLD: Tensor, context: Context, layer: int) -> Tensor:
+    """Queries over the instruction and, with a softmax of their own, over the image; summed, as in Wan's image-to-video form."""
+    if context.text_keys_values is not None:
+        k, v = context.text_keys_values[layer]
+    else:
+        assert context.text_UTD is not None
+        k, v = text_keys_values(attn, context.text_UTD)
+    q = _heads(attn.norm_q(attn.to_q(h_BLD)).type_as(v), attn)
+    if k.shape[0] == 1:
+        k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
+    else:
+        k, v = k.index_select(0, context.rows_B), v.index_select(0, context.rows_B)
+    out = attention(q, k, v)
+    if context.image_keys_values is not None:
+        out = out + attention(q, *context.image_keys_values[layer])
+    elif context.image_BMD is not None:
+        out = out + attention(q, *image_keys_values(attn, context.image_BMD))
+    return attn.to_out[0](out.flatten(2))
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def block_forward(block: Any, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend, layer: int) -> Tensor:
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward; (B, L, D) -> (B, L, D)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.of(block.scale_shift_table)
+    runs, attn = modulation.runs, block.attn1
+
+    h = modulate(block.norm1(x_BLD.float()), shift1, scale1, runs).type_as(x_BLD)
+    q, k, v = attn.norm_q(attn.to_q(h)), attn.norm_k(attn.to_k(h)), attn.to_v(h)
+    h = attend(*(_heads(y, attn) for y in (q.type_as(v), k.type_as(v), v))).flatten(2)
+    x_BLD = add_gated(x_BLD, attn.to_out[0](h), gate1, runs)
+
+    x_BLD = x_BLD + cross_attention(block.attn2, block.norm2(x_BLD.float()).type_as(x_BLD), context, layer)
+
+    h = modulate(block.norm3(x_BLD.float()), shift2, scale2, runs).type_as(x_BLD)
+    return add_gated(x_BLD, block.ffn(h), gate2, runs)
 
 
 class Block(WanTransformerBlock):
@@ -96,37 +228,7 @@ class Block(WanTransformerBlock):
 
     def forward(self, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend, layer: int = 0) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.of(self.scale_shift_table)
-
-        h = torch.addcmul(shift1, self.norm1(x_BLD.float()), 1 + scale1).type_as(x_BLD)
-        q, k, v = self.attn1.norm_q(self.attn1.to_q(h)), self.attn1.norm_k(self.attn1.to_k(h)), self.attn1.to_v(h)
-        h = attend(*(_heads(y, self.attn1) for y in (q.type_as(v), k.type_as(v), v))).flatten(2)
-        x_BLD = torch.addcmul(x_BLD.float(), self.attn1.to_out[0](h).float(), gate1).type_as(x_BLD)
-
-        x_BLD = x_BLD + self._cross_attention(self.norm2(x_BLD.float()).type_as(x_BLD), context, layer)
-
-        h = torch.addcmul(shift2, self.norm3(x_BLD.float()), 1 + scale2).type_as(x_BLD)
-        return torch.addcmul(x_BLD.float(), self.ffn(h).float(), gate2).type_as(x_BLD)
-
-    def text_keys_values(self, text_UTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-attention keys and values (U, T, H, Dh) of embedded instructions."""
-        k = self.attn2.norm_k(self.attn2.to_k(text_UTD))
-        v = self.attn2.to_v(text_UTD)
-        return _heads(k.type_as(v), self.attn2), _heads(v, self.attn2)
-
-    def _cross_attention(self, h_BLD: Tensor, context: Context, layer: int) -> Tensor:
-        if context.keys_values is not None:
-            k, v = context.keys_values[layer]
-        else:
-            assert context.text_UTD is not None
-            k, v = self.text_keys_values(context.text_UTD)
-        q = self.attn2.to_q(h_BLD)
-        q = _heads(self.attn2.norm_q(q).type_as(v), self.attn2)
-        if k.shape[0] == 1:
-            k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
-        else:
-            k, v = k.index_select(0, context.rows_B), v.index_select(0, context.rows_B)
-        return self.attn2.to_out[0](attention(q, k, v).flatten(2))
+        return block_forward(self, x_BLD, modulation, context, attend, layer)
 
 
 class Backbone(WanTransformer3DModel):
@@ -151,30 +253,41 @@ class Backbone(WanTransformer3DModel):
         return self.patch_embedding(latents_BCFHW).flatten(2).transpose(1, 2)
 
     def embed_levels(self, levels: Levels) -> Modulation:
-        """Embed the distinct levels, in float32."""
-        embedder = self.condition_embedder
-        sigma = levels.sigma_BK
-        sinusoid = embedder.timesteps_proj(sigma.flatten() * TIMESTEPS).view(*sigma.shape, -1)
-        temb = embedder.time_embedder(sinusoid.type_as(embedder.time_proj.weight))
-        shifts = embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
-        return Modulation(temb, shifts, levels.index_L)
+        """Embed noise levels."""
+        return embed_levels(self.condition_embedder, levels)
 
     def embed_text(self, text_UTE: Tensor, rows_B: Tensor) -> Context:
         """Project text-encoder states of U distinct instructions into the backbone's width."""
         return Context(rows_B, self.condition_embedder.text_embedder(text_UTE))
 
-    def prepare_context(self, context: Context) -> Context:
-        """Compute every layer's cross-attention keys and values, once per instruction."""
-        assert context.text_UTD is not None
-        return Context(context.rows_B, None, tuple(block.text_keys_values(context.text_UTD) for block in self.blocks))
+    def embed_image(self, context: Context, image_BMI: Tensor) -> Context:
+        """The context with each sample's image embeddings (B, M, image_dim)."""
+        return replace(context, image_BMD=self.condition_embedder.image_embedder(image_BMI), image_keys_values=None)
 
-    def video_head(self, x_BLD: Tensor, modulation: Modulation, tokens: slice, grid: tuple[int, int]) -> Tensor:
-        """Tokens of whole frames to latents (B, C, F, h, w)."""
-        shift, scale = modulation.head(self.scale_shift_table, tokens)
-        x = self.proj_out(torch.addcmul(shift, self.norm_out(x_BLD[:, tokens].float()), 1 + scale).type_as(x_BLD))
+    def prepare_context(self, context: Context) -> Context:
+        """Compute every layer's cross-attention keys and values that are not there yet: once per instruction, once per image."""
+        text, image = context.text_keys_values, context.image_keys_values
+        if text is None:
+            assert context.text_UTD is not None
+            text = tuple(text_keys_values(block.attn2, context.text_UTD) for block in self.blocks)
+        if image is None and context.image_BMD is not None:
+            image = tuple(image_keys_values(block.attn2, context.image_BMD) for block in self.blocks)
+        return replace(context, text_keys_values=text, image_keys_values=image)
+
+    def video_head(self, x_BLD: Tensor, modulation: Modulation, grid: tuple[int, int]) -> Tensor:
+        """Tokens of whole frames, with their levels, to latents (B, C, F, h, w)."""
+        x = self.head_tokens(x_BLD, modulation)
         (p_t, p_h, p_w), (rows, columns) = self.config.patch_size, grid
         x = x.view(len(x), -1, rows, columns, p_t, p_h, p_w, self.config.out_channels)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def head_tokens(self, x_BLD: Tensor, modulation: Modulation) -> Tensor:
+        """Tokens to what the video head puts out per token, (B, L, patch * C), patch first."""
+        return self.proj_out(self.norm_head(x_BLD, modulation))
+
+    def norm_head(self, x_BLD: Tensor, modulation: Modulation) -> Tensor:
+        """Tokens normalised and modulated by the output head's table."""
+        return modulate(self.norm_out(x_BLD.float()), *modulation.head(self.scale_shift_table), modulation.runs).type_as(x_BLD)
 
     def run(self, x_BLD: Tensor, modulation: Modulation, context: Context, attends: Callable[[int], Attend]) -> Tensor:
         """All blocks; `attends(layer)` says how that layer's queries meet keys."""

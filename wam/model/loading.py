@@ -71,7 +71,7 @@ def backbone_folder(path_or_repo: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------ what size it has
 
 
-def backbone_arguments(folder: Path) -> dict[str, Any]:
+def stored_arguments(folder: Path) -> dict[str, Any]:
     """What `WanTransformer3DModel` was built with, defaults included.
 
     Raises:
@@ -97,9 +97,9 @@ def config_of_backbone(path_or_repo: str | Path) -> dict[str, Any]:
     """The config that a backbone asks for, `section.field` to value, as overrides would say it.
 
     Raises:
-        FileNotFoundError, ValueError: as `backbone_folder` and `backbone_arguments`.
+        FileNotFoundError, ValueError: as `backbone_folder` and `stored_arguments`.
     """
-    return _fields(backbone_arguments(backbone_folder(path_or_repo)))
+    return _fields(stored_arguments(backbone_folder(path_or_repo)))
 
 
 def _fields(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def load_backbone(path_or_repo: str | Path, config: Config, dtype: torch.dtype |
         FileNotFoundError, ValueError: as `model_from_backbone`.
     """
     folder = backbone_folder(path_or_repo)
-    arguments = backbone_arguments(folder)
+    arguments = stored_arguments(folder)
     check_sizes(config, arguments, str(folder))
     new: list[str] = []
     if config.model.image_dim is not None and arguments["image_dim"] is None:

@@ -1,52 +1,71 @@
 """One plan: from what is in the cache to actions, video, or both, in any mode.
 
-    skip           A from noise, against the cache
-    joint(_mutual) V and A from noise, side by side
-    imagine        V from noise; written into the cache as if it had been seen; A from noise against it; forgotten again
-    inverse        as imagine, with a given future in place of the imagined one
-    forward        given actions written into the cache; V from noise against them
-    video          V from noise
+    skip             A from noise, against the cache
+    skip_registers   V, pure noise, through the network once; A against the cache and that
+    joint(_mutual)   V and A from noise, side by side
+    imagine          V from noise; written into the cache as if it had been seen; A from noise against it; forgotten again
+    inverse          as imagine, with a given future in place of the imagined one
+    forward          given actions written into the cache; V from noise against them
+    video            V from noise
 
-These are functions of a model and a cache; they hold nothing.  Steps follow `wam.flow.solver_levels`, with a shift for video and
-one for actions, as in training.
+These are functions of a model and a cache; they hold nothing.  What is pinned by a mode is present and never stepped.  What is *held* is
+given at level 0 among tokens that are denoised: a committed prefix of the actions, or a first frame inside its block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wam.flow import euler, solver_levels
-from wam.model.backbone import Context
+from wam.config import SamplingConfig
+from wam.flow import TIMESTEPS, guidance
 from wam.model.cache import KVCache
+from wam.model.conditions import Conditions
+from wam.model.view import View
 from wam.model.wam import Noisy, WorldActionModel
-from wam.relations import Mode, get_mode
+from wam.relations import Mode
+from wam.solvers import Solver, make_grid, make_reuse, make_solver
 from wam.timeline import Kind
 
 
 @dataclass(frozen=True)
-class Solver:
-    """How a plan is integrated.
+class Held:
+    """Tokens that are given: values in the places where `mask` is true, at level 0.
 
     Attributes:
-        steps: Euler steps.
-        video_stop: level at which imagined video stops before actions are read off it (0: fully denoised).
+        video: values (B, C, k, h, w), mask (B, k).
+        action: values (B, A, .), mask (B, A).
     """
 
-    steps: int = 4
-    video_stop: float = 0.0
+    video: tuple[Tensor, Tensor] | None = None
+    action: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Situation:
-    """Whom a plan is for: rows of a batch, each at its own block."""
+    """Whom a plan is for: rows of a batch, each at its own block.
+
+    Attributes:
+        state_BnS: the states now (B, 1, .), for models whose states are not cached.
+        guided: the rows are two halves, the same robots with their instructions and with the negative one; samples are for the first half.
+    """
 
     cache: KVCache
     blocks: list[int]
-    context: Context
+    conditions: Conditions
     embodiment_B: Tensor
+    state_BnS: Tensor | None = None
+    held: Held = Held()
+    guided: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Robots."""
+        return len(self.blocks) // 2 if self.guided else len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -65,68 +84,179 @@ class Noise:
     video_BCFHW: Tensor
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a watcher of a trajectory is told after every solver step: the sample there, and the (guided) velocities that led to it."""
+
+    index: int
+    sample: Sample
+    video_velocity: Tensor | None
+    action_velocity: Tensor | None
+
+
+Watch = Callable[[Step], None]
+
+
+def _unwatched(step: Step) -> None:
+    """Nobody looks."""
+
+
 @torch.no_grad()
-def sample(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, solver: Solver, given: Tensor | None = None) -> Sample:
+def sample(
+    model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how: SamplingConfig, given: Tensor | None = None, with_video: bool = False, watch: Watch = _unwatched
+) -> Sample:
     """Sample one block.
 
     Args:
         given: normalised actions (B, A, .) for `forward`, latents (B, C, k, h, w) for `inverse`.
+        with_video: also denoise the video where the mode's actions do not need it.
 
     Raises:
-        ValueError: a mode that needs `given` without it.
+        ValueError: a mode that needs `given` without it, or guidance of a situation that is not guided.
     """
+    if how.guidance != 1 and not at.guided:
+        raise ValueError(f"guidance {how.guidance} compares two instructions, but this memory was written with one; open the session with guidance, or use guidance 1")
     if mode.name in ("forward", "inverse"):
         if given is None:
             raise ValueError(f"mode {mode.name!r} needs {'actions' if mode.name == 'forward' else 'a future video'} to be given")
-        kind, wanted = (Kind.AC, Kind.V) if mode.name == "forward" else (Kind.VC, Kind.A)
-        return _conditioned(model, mode, at, noise, solver, kind, given, wanted, 0.0)
+        if mode.pinned:
+            return _denoise(model, mode, at, noise, how, mode.live, given, watch=watch)
+        kind = Kind.AC if mode.name == "forward" else Kind.VC
+        return _conditioned(model, mode, at, noise, how, kind, given, 0.0, watch)
     if mode.name == "imagine":
-        video = _denoise(model, get_mode("video"), at, noise, solver, (Kind.V,), solver.video_stop).video_BCFHW
+        video = _denoise(model, model.relations.mode("video"), at, noise, how, (Kind.V,), stop=how.video_stop, watch=watch).video_BCFHW
         assert video is not None
-        acted = _conditioned(model, mode, at, noise, solver, Kind.VC, video, Kind.A, solver.video_stop)
+        acted = _conditioned(model, mode, at, noise, how, Kind.VC, video, how.video_stop, watch)
         return Sample(acted.action_BTA, video)
-    return _denoise(model, mode, at, noise, solver, _denoised_kinds(mode))
+    if mode.pinned.get(Kind.V) and not mode.sees(Kind.V, Kind.A):
+        return _with_registers(model, mode, at, noise, how, watch)
+    live = (Kind.V, Kind.A) if with_video and mode.live == (Kind.A,) else mode.live
+    return _denoise(model, mode, at, noise, how, live, watch=watch)
 
 
-def _denoised_kinds(mode: Mode) -> tuple[Kind, ...]:
-    if mode.name == "video":
-        return (Kind.V,)
-    sees_video = (Kind.A, Kind.V) in mode.opened
-    return (Kind.V, Kind.A) if sees_video else (Kind.A,)
-
-
-def _conditioned(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, solver: Solver, kind: Kind, given: Tensor, wanted: Kind, sigma: float) -> Sample:
+def _conditioned(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how: SamplingConfig, kind: Kind, given: Tensor, stop: float, watch: Watch) -> Sample:
     """Write a condition into the block, denoise what follows from it, and forget it."""
-    model.prefill(at.cache, mode.table, kind, given, at.blocks, at.context, at.embodiment_B, sigma)
+    level: float | Tensor = TIMESTEPS * stop
+    if kind is Kind.VC and at.held.video is not None:
+        level = torch.where(_rows(at, at.held.video[1]), 0.0, TIMESTEPS * stop)
+    model.prefill(at.cache, mode.table, kind, _rows(at, given), at.blocks, at.conditions, at.embodiment_B, level)
     try:
-        return _denoise(model, mode, at, noise, solver, (wanted,))
+        return _denoise(model, mode, at, noise, how, mode.live, watch=watch)
     finally:
         at.cache.drop(kind, at.blocks)
 
 
-def _denoise(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, solver: Solver, kinds: tuple[Kind, ...], stop: float = 0.0) -> Sample:
-    """Euler steps of the noisy tokens of `kinds` (V before A), from pure noise to `stop`."""
-    view = model.view(at.cache, mode.table, kinds, at.blocks)
-    config = model.config.noise
-    action = noise.action_BTA if Kind.A in kinds else None
-    video = noise.video_BCFHW if Kind.V in kinds else None
-    action_levels = _stopped(solver_levels(solver.steps, config.action_shift), stop).to(model.device)
-    video_levels = _stopped(solver_levels(solver.steps, config.video_shift), stop).to(model.device)
-    for i in range(solver.steps):
-        noisy = Noisy(
-            video,
-            video_levels[i] if video is not None else None,
-            action,
-            action_levels[i].expand(action.shape[:2]) if action is not None else None,
-        )
-        video_velocity, action_velocity = model.denoise(view, noisy, at.context, at.embodiment_B)
-        if video is not None and video_velocity is not None:
-            video = euler(video, video_velocity.float(), video_levels[i], video_levels[i + 1])
-        if action is not None and action_velocity is not None:
-            action = euler(action, action_velocity.float(), action_levels[i], action_levels[i + 1])
-    return Sample(action, video)
+def _with_registers(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how: SamplingConfig, watch: Watch) -> Sample:
+    """Video tokens of pure noise do not see the actions, so one pass serves every step."""
+    model.prefill(at.cache, mode.table, Kind.V, _rows(at, noise.video_BCFHW), at.blocks, at.conditions, at.embodiment_B, TIMESTEPS * mode.pinned[Kind.V])
+    try:
+        return _denoise(model, mode, at, noise, how, (Kind.A,), watch=watch)
+    finally:
+        at.cache.drop(Kind.V, at.blocks)
 
 
-def _stopped(levels: Tensor, stop: float) -> Tensor:
-    """Levels rescaled to end at `stop`."""
-    return stop + (1 - stop) * levels
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+@dataclass
+class _Track:
+    """One kind of token along its grid: where it is, and what holds parts of it."""
+
+    x: Tensor
+    timesteps: Tensor  # (steps,) on the device
+    solver: Solver | None  # None: pinned
+    held: tuple[Tensor, Tensor] | None  # values and mask of the tokens' own axis
+    axis: int
+    keep: Tensor | None = None  # 1 for channels that mean something
+
+    def __post_init__(self) -> None:
+        self.x = self._settled(self.x)
+
+    def level(self, i: int) -> Tensor:
+        """Timesteps of step i: (B, 1), or one per token where some are held."""
+        t = self.timesteps[min(i, len(self.timesteps) - 1)]
+        if self.held is None:
+            return t.expand(len(self.x), 1)
+        return torch.where(self.held[1], 0.0, t)
+
+    def step(self, velocity: Tensor, i: int) -> None:
+        """One solver step; what is held stays."""
+        if self.solver is not None:
+            self.x = self._settled(self.solver.step(velocity.float(), i, self.x))
+
+    def _settled(self, x: Tensor) -> Tensor:
+        if self.held is not None:
+            values, mask = self.held
+            shape = [1] * x.ndim
+            shape[0], shape[self.axis] = mask.shape
+            x = torch.where(mask.view(shape), values.to(x.dtype), x)
+        return x if self.keep is None else x * self.keep
+
+
+def _denoise(
+    model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how: SamplingConfig, live: tuple[Kind, ...], given: Tensor | None = None, stop: float = 0.0, watch: Watch = _unwatched
+) -> Sample:
+    """Step the tokens of `live` (V before A) along their grids, from pure noise to `stop`."""
+    video_moves = Kind.V in live and Kind.V not in mode.pinned
+    at = at if video_moves or not at.guided else conditional(at)  # guidance acts on video; what moves actions alone needs one side
+    tracks = {kind: _track(model, mode, at, noise, how, kind, given, stop) for kind in live}
+    steps = how.steps if video_moves or how.action_steps is None else how.action_steps
+    view, reuse = model.view(at.cache, mode.table, live, at.blocks), make_reuse(how.reuse, steps, how.evaluations)
+    velocities: tuple[Tensor | None, Tensor | None] = (None, None)
+    for i in range(steps):
+        if reuse.evaluate(i):
+            velocities = _velocities(model, view, at, how, {kind: (track.x, track.level(i)) for kind, track in tracks.items()})
+            reuse.record(next(v for v in velocities if v is not None))
+        for kind, velocity in zip((Kind.V, Kind.A), velocities, strict=True):
+            if kind in tracks and velocity is not None:
+                tracks[kind].step(velocity, i)
+        watch(Step(i, _sampled(tracks, mode), *velocities))
+    return _sampled(tracks, mode)
+
+
+def _sampled(tracks: dict[Kind, _Track], mode: Mode) -> Sample:
+    free = {kind: track.x for kind, track in tracks.items() if kind not in mode.pinned}
+    return Sample(free.get(Kind.A), free.get(Kind.V))
+
+
+def _track(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how: SamplingConfig, kind: Kind, given: Tensor | None, stop: float) -> _Track:
+    config, video = model.config.noise, kind is Kind.V
+    start = noise.video_BCFHW if video else noise.action_BTA
+    held, axis, keep = (at.held.video, 2, None) if video else (at.held.action, 1, model.action_channels(at.embodiment_B[: at.rows]))
+    if kind in mode.pinned:
+        level = mode.pinned[kind]
+        x = given if level == 0 and given is not None else start
+        return _Track(x, torch.full((1,), TIMESTEPS * level, device=model.device), None, held, axis, keep)
+    steps = how.steps if video or how.action_steps is None or Kind.V in mode.denoised else how.action_steps
+    grid = make_grid(how.solver, steps, config.video.shift if video else config.action.shift)
+    final = max(stop, how.video_final if mode.live == (Kind.V, Kind.A) else 0.0) if video else 0.0
+    grid = grid.ending_at(final) if final > 0 else grid
+    return _Track(start, grid.timesteps.to(model.device), make_solver(how.solver, grid), held, axis, keep)
+
+
+def _velocities(model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, tokens: dict[Kind, tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
+    """The network's velocities of video and actions, guided where both sides are there: video goes away from the negative side, actions are the condition's."""
+    parts: dict[str, Any] = {}
+    for kind, (x, t) in tokens.items():
+        names = ("video_BCFHW", "video_t_BF") if kind is Kind.V else ("action_BTA", "action_t_BT")
+        parts |= dict(zip(names, (_rows(at, x), _rows(at, t)), strict=True))
+    if model.live_state and Kind.A in tokens:
+        parts["state_BnS"] = at.state_BnS
+    video, action = model.denoise(view, Noisy(**parts), at.conditions, at.embodiment_B)
+    if not at.guided:
+        return video, action
+    rows = at.rows
+    return None if video is None else guidance(video[:rows].float(), video[rows:].float(), how.guidance), None if action is None else action[:rows]
+
+
+def _rows(at: Situation, x: Tensor) -> Tensor:
+    """What every robot has, for every row."""
+    return torch.cat([x, x]) if at.guided else x
+
+
+def conditional(at: Situation) -> Situation:
+    """The first half of a guided situation: the robots with their instructions."""
+    rows = list(range(at.rows))
+    index = torch.tensor(rows, device=at.embodiment_B.device)
+    state = None if at.state_BnS is None else at.state_BnS[index]
+    return replace(at, cache=at.cache.head(len(rows)), blocks=at.blocks[: len(rows)], conditions=at.conditions.select(index), embodiment_B=at.embodiment_B[index], state_BnS=state, guided=False)

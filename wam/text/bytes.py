@@ -14,7 +14,7 @@ from wam.config import TextConfig
 
 
 class ByteText(nn.Module):
-    """Instructions to embeddings (U, T, width)."""
+    """Instructions to embeddings (U, T, width); the empty one, an end mark alone, is the unconditional one of guidance."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -38,7 +38,7 @@ class ByteText(nn.Module):
         """Embed U instructions to (U, max_tokens, width), zero beyond each text's end.
 
         Raises:
-            ValueError: an empty instruction, or one longer than `text.max_tokens` bytes.
+            ValueError: an instruction longer than `text.max_tokens` bytes.
         """
         tokens = [self._tokens(text) for text in instructions]
         device = self.encoder.shared.weight.device
@@ -47,8 +47,6 @@ class ByteText(nn.Module):
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask.unsqueeze(-1)
 
     def _tokens(self, text: str) -> list[int]:
-        if not text.strip():
-            raise ValueError("the instruction is empty; every episode needs a language task")
         ids = self.tokenizer(text).input_ids
         if len(ids) > self.config.max_tokens:
             raise ValueError(f"instruction {text!r} has {len(ids)} byte tokens, more than text.max_tokens {self.config.max_tokens}; raise text.max_tokens or shorten it")

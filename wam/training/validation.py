@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wam.model.sampling import Noise, Situation, Solver, sample
-from wam.model.wam import WorldActionModel
-from wam.relations import get_mode
-from wam.timeline import FIRST_BLOCK, Kind
+from wam.config import SamplingConfig
+from wam.model.actions import channels_of, pad_actions, pad_states
+from wam.model.sampling import Held, Noise, Situation, sample
+from wam.timeline import Kind
 from wam.training.objective import Objective
 
 
@@ -30,8 +30,8 @@ def validate(objective: Objective, batches: list[dict[str, Any]], mean_action: T
         generator = torch.Generator().manual_seed(seed)
         losses = [objective(batch, generator, mode) for batch in batches]
         for part in ("video", "action"):
-            total = sum(float(getattr(x, f"{part}_sum_B").sum()) for x in losses)
-            count = sum(float(getattr(x, f"{part}_count_B").sum()) for x in losses)
+            total = sum(float(getattr(x, f"{part}_part").sum_B.sum()) for x in losses)
+            count = sum(float(getattr(x, f"{part}_part").count_B.sum()) for x in losses)
             if count:
                 out[f"val/{mode}/{part}"] = total / count
     out |= _action_error(objective, batches, mean_action, seed)
@@ -60,27 +60,30 @@ def _action_error(objective: Objective, batches: list[dict[str, Any]], mean_acti
 
 def _open_loop(objective: Objective, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
     """Actions (B, N A, .) sampled in mode `skip`, each block from the recorded past."""
-    model: WorldActionModel = objective.model
-    t, mode = objective.config.timeline, get_mode("skip")
+    model, config, robot = objective.model, objective.config, objective.robot
+    t, mode, size = config.timeline, model.relations.mode("skip"), len(batch["state"])
+    k, A = t.latents_per_block, t.actions_per_block
     latents = objective.codec.encode(batch["frames"].to(model.device))
-    state, executed = batch["state"].to(model.device), batch["executed"].to(model.device)
-    size = len(state)
-    embodiment = torch.full((size,), model.embodiment_index(objective.config.data.embodiment), device=model.device)
-    context = model.backbone.prepare_context(model.encode_text(batch["instruction"]))
-    cache = model.new_cache(size)
-
-    def write(kind: Kind, value: Tensor, block: int) -> None:
-        model.prefill(cache, mode.table, kind, value, [block] * size, context, embodiment)
-
-    write(Kind.H, latents[:, :, :1], FIRST_BLOCK)
+    state, executed = pad_states(config.model, batch["state"].to(model.device)), pad_actions(config.model, robot, batch["executed"].to(model.device))
+    embodiment = torch.full((size,), model.embodiment_index(robot.name), device=model.device)
+    conditions = model.prepare(objective.conditions_of(batch, state, embodiment))
+    cache, before = model.new_cache(size), t.first_frame == "before"
     out = []
     for block in range(t.blocks):
-        acts, frames = slice(block * t.actions_per_block, (block + 1) * t.actions_per_block), slice(1 + block * t.latents_per_block, 1 + (block + 1) * t.latents_per_block)
-        write(Kind.S, state[:, block : block + 1], block)
-        noise = Noise(torch.randn(size, t.actions_per_block, executed.shape[-1], generator=generator).to(model.device), latents[:, :, 1:2])
-        action = sample(model, mode, Situation(cache, [block] * size, context, embodiment), noise, Solver()).action_BTA
+
+        def write(kind: Kind, value: Tensor, block: int = block) -> None:
+            model.prefill(cache, mode.table, kind, value, [block] * size, conditions, embodiment)
+
+        if block == 0 and before:
+            write(Kind.H, latents[:, :, :1])
+        if Kind.S in model.cached_kinds:
+            write(Kind.S, state[:, block : block + 1])
+        noise = Noise(torch.randn(size, A, config.model.actions, generator=generator).to(model.device), latents[:, :, 1 : 1 + k])
+        live = state[:, block : block + 1] if model.live_state else None
+        held = Held(action=(torch.zeros_like(noise.action_BTA), torch.arange(A, device=model.device).expand(size, -1) < t.lead)) if block == 0 and t.lead else Held()
+        action = sample(model, mode, Situation(cache, [block] * size, conditions, embodiment, live, held), noise, SamplingConfig()).action_BTA
         assert action is not None
-        out.append(action.cpu())
-        write(Kind.AC, executed[:, acts], block)
-        write(Kind.VC, latents[:, :, frames], block)
+        out.append(action[..., channels_of(robot)].cpu())
+        write(Kind.AC, executed[:, block * A : (block + 1) * A])
+        write(Kind.VC, latents[:, :, list(model.clock.frames(block))])
     return torch.cat(out, dim=1)

@@ -1,0 +1,81 @@
+"""What the noisy tokens of one plan see: worked out once, used at every solver step.
+
+    a group's keys    | cache, rotated once ............ | its own noisy tokens, written at every step |
+                        `Prefix.seen`                      a slice of the live tokens
+
+Queries of one kind see the same keys, so each group is one attention without a mask (unless rows of the batch see different parts of
+the cache).  Kinds that see the same are one group.  The buffers are allocated with room for the live tokens, so a step copies only
+those, never the cache: a step grows with history only by the attention itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wam.model.attention import attention
+from wam.model.backbone import Attend
+from wam.model.cache import KVCache, Prefix
+from wam.model.rotary import Rotary
+from wam.relations import RelationTable
+from wam.timeline import Kind, Layout
+
+
+@dataclass(frozen=True)
+class Group:
+    """Queries (a slice of the live tokens) that see the same: a prefix of the cache, then a slice of the live tokens."""
+
+    queries: slice
+    keys: slice
+    prefix: Prefix
+
+
+@dataclass(frozen=True)
+class View:
+    """The live tokens of a plan and their groups; `blocks` is each row's block."""
+
+    layout: Layout
+    blocks: list[int]
+    rotary: Rotary
+    groups: tuple[Group, ...]
+    backend: str
+
+    def attends(self, layer: int) -> Attend:
+        """How queries meet keys in a layer."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = self.rotary.rotate(q), self.rotary.rotate(k)
+            out = [self._attend(group, q[:, group.queries], k[:, group.keys], v[:, group.keys], layer) for group in self.groups]
+            return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+        return attend
+
+    def _attend(self, group: Group, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        prefix, own = group.prefix, k.shape[1]
+        if prefix.seen:
+            keys, values = prefix.keys[layer], prefix.values[layer]
+            keys[:, prefix.seen : prefix.seen + own] = k
+            values[:, prefix.seen : prefix.seen + own] = v
+            k, v = keys[:, : prefix.seen + own].type_as(q), values[:, : prefix.seen + own].type_as(q)
+        mask = None
+        if prefix.mask_B11S is not None:
+            mask = torch.cat([prefix.mask_B11S, prefix.mask_B11S.new_ones(len(q), 1, 1, own)], dim=-1)
+        return attention(q, k, v, mask, self.backend)
+
+
+def make_view(cache: KVCache, table: RelationTable, kinds: tuple[Kind, ...], blocks: list[int], backend: str) -> View:
+    """Groups of the live tokens of `kinds`, in this order, each row at its own block."""
+    layouts = [Layout(tuple(cache.clock.segment(kind, block) for kind in kinds)) for block in blocks]
+    layout = layouts[0]
+    rotary = Rotary.at(torch.stack([each.positions_L4 for each in layouts]), cache.keys[0].shape[-1], cache.keys[0].device)
+    groups: list[tuple[slice, slice, Tensor]] = []
+    for kind in kinds:
+        among = [other for other in kinds if table.allow(kind, 0, other, 0)]
+        queries, keys, seen = layout.span(kind), layout.span(*among), cache.visible(table, kind, blocks)
+        if groups and groups[-1][1] == keys and torch.equal(groups[-1][2], seen):
+            groups[-1] = (slice(groups[-1][0].start, queries.stop), keys, seen)
+        else:
+            groups.append((queries, keys, seen))
+    return View(layout, blocks, rotary, tuple(Group(q, k, cache.read(seen, k.stop - k.start)) for q, k, seen in groups), backend)
