@@ -91,8 +91,9 @@ def test_grids_end_where_they_are_told() -> None:
     assert grid.sigmas[0] == 1 and grid.sigmas[-1] == 0 and grid.steps == len(grid.timesteps) == 10
     rescaled = grid.ending_at(0.3)
     assert rescaled.sigmas[0] == 1 and rescaled.sigmas[-1] == pytest.approx(0.3) and rescaled.steps == 10
-    assert torch.equal(grid.first(3).sigmas, grid.sigmas[:4]), "the levels of the first steps stay what they are"
     assert torch.equal(grid.ending_at(0.0).sigmas, grid.sigmas)
+    with pytest.raises(ValueError, match="end at level 1.0, but it starts at 0.9998"):
+        unipc_grid(10, 5.0).ending_at(1.0)
 
 
 @pytest.mark.parametrize("build", [euler_grid, unipc_grid])
@@ -109,8 +110,7 @@ def test_the_bump_is_fast_wams_between_the_entries_too() -> None:
 
 def test_the_looked_up_bump_is_dreamzeros() -> None:
     table = PUBLISHED["dreamzero"]["table"]
-    t, weights = torch.tensor(table["timesteps"]), torch.tensor(table["weights"])
-    assert torch.allclose(bump_weight_of_nearest(t, 5.0), weights, rtol=0, atol=3e-7)
+    assert same(bump_weight_of_nearest(torch.tensor(table["timesteps"]), 5.0), table["weights"])
     near = torch.tensor([999.85, 6.0, 3.0])  # nearest entries: 999.7998, 4.98, 4.98
     assert torch.equal(bump_weight_of_nearest(near, 5.0), bump_weight_of_nearest(torch.tensor([999.7998, 4.98, 4.98]), 5.0))
     assert not torch.allclose(bump_weight(near, 5.0), bump_weight_of_nearest(near, 5.0), rtol=1e-2)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from wam.cells import read_cells
 from wam.config_tree import ConfigError, from_dict, names, overlay, to_dict
 from wam.config_tree import require as _require
 from wam.files import write_text_atomic
@@ -331,6 +332,12 @@ class RelationsConfig:
 
     cells: dict[str, str] = field(default_factory=dict)
     copies: Literal["clean", "single"] = "clean"  # conditions are clean copies beside the noisy tokens; or the noisy ones themselves, held at level 0 or 1 (UWM)
+
+    def __post_init__(self) -> None:
+        try:
+            read_cells(self.cells)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 @dataclass(frozen=True)

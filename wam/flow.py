@@ -84,13 +84,15 @@ class Grid:
         return t.trunc() if self.whole else t
 
     def ending_at(self, final: float) -> Grid:
-        """The same number of steps, rescaled to end at level `final` (DreamZero-Flash: video ends noisy while actions go on to 0)."""
-        first = float(self.sigmas[0])
-        return Grid(self.sigmas * (first - final) / first + final, self.whole)
+        """The same number of steps, rescaled to end at level `final` (DreamZero-Flash: video ends noisy while actions go on to 0).
 
-    def first(self, steps: int) -> Grid:
-        """The first `steps` steps alone (LingBot-VA: imagination that stops before it is clean)."""
-        return Grid(self.sigmas[: steps + 1], self.whole)
+        Raises:
+            ValueError: a level that the grid does not fall to.
+        """
+        first = float(self.sigmas[0])
+        if not 0 <= final < first:
+            raise ValueError(f"a grid is asked to end at level {final}, but it starts at {first:.4f}; expected 0 <= final < {first:.4f}")
+        return Grid(self.sigmas * (first - final) / first + final, self.whole)
 
 
 def euler_grid(steps: int, shift: float) -> Grid:
@@ -119,16 +121,6 @@ def _at_least_one(steps: int) -> int:
     return steps
 
 
-def solver_levels(steps: int, shift: float) -> Tensor:
-    """(steps + 1,) float32 levels from 1 to 0: uniform, then shifted."""
-    return euler_grid(steps, shift).sigmas
-
-
-def euler(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """One Euler step of dx/dsigma = velocity."""
-    return x + (sigma_next - sigma) * velocity
-
-
 # ------------------------------------------------------------------------------------------------ training tables and weights
 
 
@@ -151,11 +143,8 @@ def bump_weight(t: Tensor, shift: float) -> Tensor:
 
 def bump_weight_of_nearest(t: Tensor, shift: float, entries: int = ENTRIES) -> Tensor:
     """Loss weight of timesteps, looked up at the nearest level of the table; mean 1 over the table (DreamZero, LingBot-VA)."""
-    table = TIMESTEPS * level_table(shift, entries)
-    y = _bump(table)
-    weights = (y - y.min()) * (entries / (y - y.min()).sum())
-    nearest = (t.unsqueeze(-1) - table.to(t.device)).abs().argmin(-1)
-    return weights.to(t.device)[nearest]
+    halfway, weights = _bump_table(shift, entries)
+    return weights.to(t.device)[torch.bucketize(t, halfway.to(t.device))]
 
 
 def _bump(t: Tensor) -> Tensor:
@@ -167,3 +156,11 @@ def _bump_constants(shift: float) -> tuple[float, float]:
     """The bump's minimum over the table, and its mean above that."""
     y = _bump(TIMESTEPS * level_table(shift))
     return float(y.min()), float((y - y.min()).mean())
+
+
+@lru_cache(maxsize=16)
+def _bump_table(shift: float, entries: int) -> tuple[Tensor, Tensor]:
+    """Rising: the timesteps halfway between a table's levels (entries - 1,), and the levels' weights (entries,)."""
+    t = TIMESTEPS * level_table(shift, entries)
+    y = _bump(t) - _bump(t).min()
+    return ((t[1:] + t[:-1]) / 2).flip(0), (y * (entries / y.sum())).flip(0)

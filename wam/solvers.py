@@ -144,7 +144,7 @@ SolverName = Literal["euler", "unipc"]
 
 
 def make_grid(name: SolverName, steps: int, shift: float) -> Grid:
-    """The grid that a solver is used on in the published systems; `Grid.ending_at` and `Grid.first` change where it ends."""
+    """The grid that a solver is used on in the published systems; `Grid.ending_at` changes where it ends."""
     return unipc_grid(steps, shift) if name == "unipc" else euler_grid(steps, shift)
 
 
