@@ -11,10 +11,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from tiny_wan import FORMS, transformer, wan_config, write_pipeline
 
-from wam.config import ConfigError, load_config
+from wam.config import Config, ConfigError, load_config
 from wam.model.backbone import Backbone
 from wam.model.expert import Expert
-from wam.model.loading import backbone_arguments, config_of_backbone, expert_from_video, interpolate, load_backbone, local_folder
+from wam.model.loading import stored_arguments, config_of_backbone, expert_from_video, interpolate, load_backbone, local_folder
+from wam.model.wam import WorldActionModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,13 +110,13 @@ def test_bfloat16_is_kept_or_made(folders: dict[str, Path], tmp_path: Path) -> N
 def test_what_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanVACETransformer3DModel"}))
     with pytest.raises(ValueError, match="describes a WanVACETransformer3DModel; expected a WanTransformer3DModel"):
-        backbone_arguments(tmp_path)
+        stored_arguments(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", "pos_embed_seq_len": 514}))
     with pytest.raises(ValueError, match="pos_embed_seq_len is 514; a world action model needs None"):
-        backbone_arguments(tmp_path)
+        stored_arguments(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        backbone_arguments(tmp_path)
+        stored_arguments(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder /nowhere/at/all"):
         local_folder("/nowhere/at/all")
     with pytest.raises(FileNotFoundError, match=r"holds no transformer/config\.json"):
@@ -151,6 +152,7 @@ import resource, sys
 import torch
 from wam.config import load_config
 from wam.model.loading import load_backbone
+from wam.model.wam import WorldActionModel
 config = load_config(None, sys.argv[2:])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
@@ -211,3 +213,56 @@ def test_interpolation_keeps_both_ends_and_straight_lines() -> None:
 def test_config_refuses_a_patch_that_does_not_tile() -> None:
     with pytest.raises(ConfigError, match="multiple of 32"):
         wan_config("ti2v", None, "codec.image_size=[48, 64]")
+
+
+# ------------------------------------------------------------------------------------------------ released sizes
+
+
+def _linear(inside: int, outside: int) -> int:
+    return inside * outside + outside
+
+
+def _blocks(config: Config, width: int, ffn: int) -> int:
+    """Parameters of all blocks whose tokens are `width` wide, with attention as wide as the video's."""
+    wide = config.model.width
+    attention = 3 * _linear(width, wide) + _linear(wide, width) + 2 * wide
+    return config.model.layers * (2 * attention + 2 * width + _linear(width, ffn) + _linear(ffn, width) + 6 * width)
+
+
+def _embedders(config: Config, width: int) -> int:
+    time = _linear(config.model.freq_dim, width) + _linear(width, width) + _linear(width, 6 * width)
+    return time + _linear(config.text.width, width) + _linear(width, width)
+
+
+def _arithmetic(config: Config) -> int:
+    """Parameters of the whole network, counted on paper."""
+    m, channels = config.model, config.codec.channels
+    d, e, patch = m.width, m.token_width, m.patch[1] * m.patch[2]
+    total = _blocks(config, d, m.ffn_dim) + _embedders(config, d) + 2 * d
+    total += _linear(patch * (2 * channels + 4 if m.first_frame == "concat" else channels), d) + _linear(d, patch * channels)
+    if m.image_dim:
+        total += 2 * m.image_dim + _linear(m.image_dim, m.image_dim) + _linear(m.image_dim, d) + 2 * d + m.layers * (2 * _linear(d, d) + d)
+    if m.expert_width:
+        total += _blocks(config, e, m.expert_ffn_dim or 4 * e) + _embedders(config, e)
+    hidden = m.mlp_hidden or e
+    total += _linear(m.actions, e) + (_linear(2 * e, e) + _linear(e, e) if m.action_embed == "level_mlp" else 0)
+    total += _linear(m.states, config.text.width) if m.state == "context" else _linear(m.states, hidden) + _linear(hidden, e)
+    head = {"linear": _linear(e, m.actions), "mlp": _linear(e, hidden) + _linear(hidden, m.actions)}
+    return total + {**head, "modulated_mlp": head["mlp"] + 2 * e}[m.action_head]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "published"),
+    [
+        ("wan21_14b_droid", 880, 16_484_292_448),
+        ("wan22_5b_droid", 50, 5_606_692_832),
+        ("wan22_5b_libero", 98, None),
+        ("wan21_1_3b_metaworld", 256, None),
+    ],
+)
+def test_released_sizes_build_without_memory_and_count_as_published(name: str, tokens: int, published: int | None) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    with torch.device("meta"):
+        model = WorldActionModel(config)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == _arithmetic(config) and published in (None, count) and model.clock.patches == tokens
