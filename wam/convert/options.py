@@ -22,6 +22,10 @@ class Options:
         base_is_wan: the base is Wan itself, and the LoRA checkpoint brings all the parts that Wan lacks.
         embodiment: whose statistics and prompt are taken, where a release has several.
         control_hz: control steps a second, where a release does not say.
+        prompt_template: the text that an instruction is put into, where it is not known by the embodiment's name.
+        image_size: height and width in pixels of what the model sees, where they are not the published ones.
+        tokenizer: folder or Hub id of the text encoder's tokenizer, where a release has none.
+        variant: which of several models with the same tensors, where a release does not say.
         max_bytes: largest shard written.
     """
 
@@ -33,4 +37,8 @@ class Options:
     base_is_wan: bool = False
     embodiment: str | None = None
     control_hz: float | None = None
+    prompt_template: str | None = None
+    image_size: tuple[int, int] | None = None
+    tokenizer: str | None = None
+    variant: str | None = None
     max_bytes: float = SHARD_BYTES

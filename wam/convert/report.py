@@ -71,6 +71,7 @@ class Report:
     Attributes:
         origins: of every written tensor, the released one it comes from, by component.
         notes: what else was decided, for people.
+        base_sha256: of a LoRA checkpoint, the identity of the base it was merged onto.
     """
 
     format: str
@@ -78,6 +79,7 @@ class Report:
     fates: list[Fate] = field(default_factory=list)
     origins: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    base_sha256: str | None = None
 
     def count(self, component: str | None = None, fate: str | None = None) -> int:
         """Number of released tensors, of one component or with one fate."""
