@@ -92,7 +92,7 @@ def test_grids_end_where_they_are_told() -> None:
     rescaled = grid.ending_at(0.3)
     assert rescaled.sigmas[0] == 1 and rescaled.sigmas[-1] == pytest.approx(0.3) and rescaled.steps == 10
     assert torch.equal(grid.ending_at(0.0).sigmas, grid.sigmas)
-    with pytest.raises(ValueError, match="end at level 1.0, but it starts at 0.9998"):
+    with pytest.raises(ValueError, match=r"end at level 1\.0, but it starts at 0\.9998"):
         unipc_grid(10, 5.0).ending_at(1.0)
 
 
