@@ -408,6 +408,59 @@ def _conformance(args: argparse.Namespace) -> None:
     conformance(args.cases, args.tolerance, args.json)
 
 
+CONVERT = """\
+Turn a released checkpoint into a policy folder that every other command takes (or, for Wan itself, a folder in
+diffusers' layout to train from). Names and shapes are checked as a whole before anything is written; then tensors
+are streamed one by one, so a checkpoint may be larger than memory.
+
+examples:
+  wam convert dreamzero downloads/DreamZero-DROID runs/droid
+  wam convert dreamzero downloads/DreamZero-DROID runs/droid --components reference
+  wam convert dreamzero my_lora runs/mine --base downloads/DreamZero-AgiBot --base-hash 3f1c...
+  wam convert fast-wam libero.pt runs/fast_wam --variant base
+  wam convert lingbot-va downloads/lingbot-va-posttrain-robotwin runs/lingbot
+  wam convert wan downloads/Wan2.1-T2V-1.3B checkpoints/wan21_1b
+
+writes (in DST):
+  the weights, settings, statistics and frozen parts, and conversion.json: the fate of every tensor
+"""
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("format", metavar="FORMAT", choices=("dreamzero", "fast-wam", "lingbot-va", "wan"), help="dreamzero, fast-wam, lingbot-va or wan")
+    parser.add_argument("src", metavar="SRC", type=Path, help="the downloaded checkpoint: a folder, or a file where the release is one")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder that is written")
+    parser.add_argument("--components", choices=("include", "reference"), default="include", help="write text encoder, image encoder and VAE too, or only say where they are read from (default: include)")
+    parser.add_argument("--reference", metavar="DIR|ID", help="where referenced components are read from (default: the release's backbone on the Hub)")
+    parser.add_argument("--base", metavar="DIR", type=Path, help="of a LoRA checkpoint: the checkpoint it was trained on")
+    parser.add_argument("--base-hash", metavar="SHA256", help="identity that the base must have, where the LoRA checkpoint does not say")
+    parser.add_argument("--accept-unknown-base", action="store_true", help="take your word that --base is the right one")
+    parser.add_argument("--base-is-wan", action="store_true", help="the LoRA checkpoint was trained on Wan itself")
+    parser.add_argument("--embodiment", metavar="NAME", help="whose statistics and prompt are taken, where there are several")
+    parser.add_argument("--control-hz", metavar="HZ", type=float, help="control steps a second, where the release does not say")
+    parser.add_argument("--prompt-template", metavar="TEXT", help="text around an instruction, e.g. 'A robot {instruction:lower}'")
+    parser.add_argument("--image-size", metavar="HxW", type=_size, help="pixels the model sees, where they are not the published ones")
+    parser.add_argument("--tokenizer", metavar="DIR|ID", help="tokenizer of the text encoder, where the release has none, e.g. google/umt5-xxl")
+    parser.add_argument("--variant", metavar="NAME", help="fast-wam: base, joint or idm, which have the same tensors")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """`352x640` to (352, 640)."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError("expected HEIGHTxWIDTH in pixels, e.g. 352x640")
+    return int(height), int(width)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from wam.convert import convert
+    from wam.convert.options import Options
+
+    chosen = {name: value for name, value in vars(args).items() if name in Options.__dataclass_fields__}
+    print(convert(args.format, args.src, args.dst, Options(**chosen)).table())
+    print(f"wrote {args.dst}")
+
+
 @dataclass(frozen=True)
 class Command:
     """One `wam` command: `summary` is its line in `wam --help`, `about` its own help text."""
@@ -425,6 +478,7 @@ COMMANDS = (
     Command("rollout", "drive a robot in a simulator and count successes", ROLLOUT, _rollout_arguments, _rollout),
     Command("imagine", "compare imagined video with what happened", IMAGINE, _imagine_arguments, _imagine),
     Command("relations", "show who attends to whom in each mode", RELATIONS, _relations_arguments, _relations),
+    Command("convert", "turn a released checkpoint into a policy folder", CONVERT, _convert_arguments, _convert),
     Command("demo", "collect, train, drive and report one task", DEMO, _demo_arguments, _demo),
     Command("report", "write the report of a run again", REPORT, _report_arguments, _report),
     Command("conformance", "compute the released systems' own numbers again", CONFORMANCE, _conformance_arguments, _conformance),
