@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wam.cells import ALL, NONE, PAST, PAST_AND_SAME, SAME, read_cells
 from wam.config import Config, RelationsConfig, TimelineConfig
 from wam.timeline import ACTION_KINDS, FIRST_BLOCK, Kind, Layout
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-NONE, PAST, SAME, PAST_AND_SAME, ALL = "", "<", "=", "<=", "all"
 _SIGNS = {NONE: frozenset[int](), PAST: frozenset({-1}), SAME: frozenset({0}), PAST_AND_SAME: frozenset({-1, 0}), ALL: frozenset({-1, 0, 1})}  # of block_k - block_q
 
 Cells = Mapping[tuple[Kind, Kind], str]
@@ -132,7 +132,6 @@ class RelationTable:
 
     def mask(self, kinds_q: Tensor, blocks_q: Tensor, kinds_k: Tensor, blocks_k: Tensor, reach: Reach = EVERYTHING) -> Tensor:
         """The predicate on tensors: queries (..., Q) and keys (..., K) of kinds and blocks to a bool (..., Q, K)."""
-        reach = reach if isinstance(reach, Reach) else Reach(reach)
         sign = (blocks_k.unsqueeze(-2) - blocks_q.unsqueeze(-1)).sign()
         seen = self._sees_KK3.to(kinds_q.device)[kinds_q.unsqueeze(-1), kinds_k.unsqueeze(-2), sign + 1]
         return seen & reach.mask(kinds_q, blocks_q, kinds_k, blocks_k)
@@ -378,32 +377,13 @@ class Relations:
 
 
 def parse_cells(cells: Mapping[str, str]) -> dict[tuple[Kind, Kind], str]:
-    """Cells as configs write them, `{"Ac->Vc": "<="}`, to pairs of kinds; `none` closes a cell.
+    """Cells as configs write them, `{"Ac->Vc": "<="}`, to pairs of kinds.
 
     Raises:
-        ValueError: an unknown kind or relation, with the nearest right one.
+        ValueError: as `wam.cells.read_cells`.
     """
-    by_label = {k.label: k for k in Kind}
-    out = {}
-    for text, relation in cells.items():
-        labels = [part.strip() for part in text.split("->")]
-        if len(labels) != 2:
-            raise ValueError(f"relations.cells: {text!r} is not a cell; write QUERY->KEY, e.g. A->Vc, with the kinds {', '.join(by_label)}")
-        for label in labels:
-            if label not in by_label:
-                near = get_close_matches(label.lower(), [k.lower() for k in by_label], n=1, cutoff=0.5)
-                hint = f"did you mean {next(k for k in by_label if k.lower() == near[0])!r}? " if near else ""
-                raise ValueError(f"relations.cells: unknown kind {label!r} in {text!r}; {hint}kinds: {', '.join(by_label)}")
-        value = NONE if relation == "none" else relation
-        if value not in _SIGNS:
-            near = get_close_matches(str(relation), ["none", *_SIGNS], n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"relations.cells: {text} is {relation!r}; {hint}relations: none, '<', '=', '<=', all")
-        pair = (by_label[labels[0]], by_label[labels[1]])
-        if pair[0] is _H and pair[1] is not _H and value != NONE:
-            raise ValueError(f"relations.cells: {text} is {relation!r}, but the first frame is cached before anything else is known; H may see H alone")
-        out[pair] = value
-    return out
+    by_label = {kind.label: kind for kind in Kind}
+    return {(by_label[q], by_label[k]): relation for (q, k), relation in read_cells(cells).items()}
 
 
 _DEFAULT = Relations()

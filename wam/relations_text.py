@@ -128,7 +128,7 @@ class Span:
 def spans_of(config: Config, mode: Mode, kinds: Collection[Kind], blocks: int = 2) -> list[Span]:
     """The segments of a small training window, kind after kind."""
     found = []
-    for kind in (Kind.H, Kind.G, Kind.VC, Kind.V, Kind.S, Kind.AC, Kind.A):
+    for kind in (Kind.G, Kind.H, Kind.VC, Kind.V, Kind.S, Kind.AC, Kind.A):
         if kind not in kinds:
             continue
         if kind in (Kind.H, Kind.G):
