@@ -128,7 +128,7 @@ def convert(src: Path, dst: Path, options: Options) -> Report:
     config = model_config(shapes, settings, above, where)
     wan = transformer_config(source, MODEL, where, config.model.heads, {**BLOCKS, **settings}["eps"])
     components = [Component("transformer", KEYS.within(MODEL), model_shapes(config, wan), prefix="model.")]
-    components += _frozen(source, referenced, where, report)
+    components += _frozen(source, config, referenced, where, report)
     fates = plan(source, components, where)
     report.add(source.told(fates) if isinstance(source, Merged) else fates)
     write(source, components, dst, options.max_bytes)
@@ -180,11 +180,17 @@ def _above(robot: Robot, shapes: Mapping[str, Shape], options: Options) -> tuple
     return above, referenced
 
 
-def _frozen(source: TensorSource, referenced: Mapping[str, str] | None, where: str, report: Report) -> list[Component]:
+def _frozen(source: TensorSource, config: Config, referenced: Mapping[str, str] | None, where: str, report: Report) -> list[Component]:
+    """Text encoder, image encoder and VAE, as far as the release has them; what they put out must be what the transformer takes in."""
+    takes = {"text_encoder": ("d_model", config.text.width), "image_encoder": ("hidden_size", config.model.image_dim), "vae": ("z_dim", config.codec.channels)}
     components = []
     for part, (prefix, build) in PARTS.items():
         if any(name.startswith(prefix) for name in source.names()):
-            components.append(build(source, prefix, where, referenced[part] if referenced else None))
+            component = build(source, prefix, where, referenced[part] if referenced else None)
+            field, width = takes[part]
+            if component.config is None or component.config[field] != width:
+                raise ValueError(f"{where}: the {part} puts out {component.config and component.config[field]} numbers, the transformer takes {width}; they are of different models")
+            components.append(component)
         elif referenced is None:
             raise ValueError(f"{where}: no tensor begins with {prefix!r}; the {part} is not in this checkpoint: name one with --components reference (--reference DIR or Hub id)")
         if referenced is not None:
