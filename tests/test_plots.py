@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wam.config import TimelineConfig
+from wam.config import TimelineConfig, load_config
 from wam.evaluation.plots import (
     DEMO_MODES,
     KIND_COLORS,
@@ -15,6 +15,7 @@ from wam.evaluation.plots import (
     draw_learning_curves,
     draw_mask,
     draw_readme_images,
+    draw_relations,
     draw_timeline,
     mask_picture,
     read_log,
@@ -29,20 +30,27 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.mark.parametrize("mode", MODES)
 def test_the_drawn_mask_is_the_relation_table(mode: str) -> None:
     picture = mask_picture(mode)
-    tokens = [(s.kind, s.block) for s in picture.segments for _ in range(s.tokens)]
-    for row, query in enumerate(tokens):
-        for column, key in enumerate(tokens):
-            seen = MODES[mode].table.allow(*query, *key)
-            assert picture.key_kind_LL[row, column] == (int(key[0]) if seen else -1), f"{mode}: {query} -> {key}"
-            assert picture.opened_LL[row, column] == (seen and not MODES["skip"].table.allow(*query, *key))
+    for row, query in enumerate(picture.spans):
+        for column, key in enumerate(picture.spans):
+            tokens = (query.kind, query.block, key.kind, key.block)
+            seen = MODES[mode].table.allow(*tokens)
+            assert picture.seen_SS[row, column] == seen, f"{mode}: {query} -> {key}"
+            assert picture.opened_SS[row, column] == (seen and not MODES["skip"].table.allow(*tokens))
 
 
 def test_what_is_outlined() -> None:
     picture = mask_picture("joint")
-    kinds = [s.kind for s in picture.segments for _ in range(s.tokens)]
-    rows, columns = np.nonzero(picture.opened_LL)
-    assert {(kinds[r], kinds[c]) for r, c in zip(rows, columns, strict=True)} == {(Kind.A, Kind.V)}
-    assert not mask_picture("skip").opened_LL.any()
+    rows, columns = np.nonzero(picture.opened_SS)
+    assert {(picture.spans[r].kind, picture.spans[c].kind) for r, c in zip(rows, columns, strict=True)} == {(Kind.A, Kind.V)}
+    assert not mask_picture("skip").opened_SS.any()
+
+
+def test_a_preset_is_drawn_under_its_own_table_and_reach() -> None:
+    config = load_config(None, ["preset=lingbot_va", "timeline.history=1"])
+    picture = mask_picture("imagine", config, {Kind.VC, Kind.AC})
+    assert [s.label for s in picture.spans] == ["Vc0", "Vc1", "Ac0", "Ac1"]
+    assert picture.seen_SS.tolist() == [[True, False, False, False], [False, True, True, False], [True, False, True, False], [False, True, False, True]]
+    assert "V held at" in mask_picture("skip_registers", config).note and "30%" in mask_picture("skip").note
 
 
 def test_every_kind_and_mode_has_a_look_of_its_own() -> None:
@@ -54,9 +62,10 @@ def test_every_kind_and_mode_has_a_look_of_its_own() -> None:
 def test_figures_are_written(tmp_path: Path) -> None:
     draw_mask("imagine", tmp_path / "mask.png")
     draw_timeline(TimelineConfig(latents_per_block=2, actions_per_block=16), tmp_path / "timeline.svg")
+    draw_relations(load_config(None, ["preset=dreamzero"]), tmp_path / "preset.png")
     readme = draw_readme_images(tmp_path / "new" / "images")
     assert [path.name for path in readme] == ["timeline.png", "masks.png"]
-    for path in (tmp_path / "mask.png", *readme):
+    for path in (tmp_path / "mask.png", tmp_path / "preset.png", *readme):
         assert path.read_bytes().startswith(PNG) and path.stat().st_size < 150_000
     assert "</svg>" in (tmp_path / "timeline.svg").read_text()
     with pytest.raises(ValueError, match="did you mean 'imagine'"):

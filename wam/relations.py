@@ -350,8 +350,17 @@ class Relations:
 
     @staticmethod
     def of(config: Config) -> Relations:
-        """The relations of a whole config."""
-        return Relations(config.relations, config.training.predict_first_frame)
+        """The relations of a whole config.
+
+        Raises:
+            ValueError: a window of several blocks whose later blocks would never see an observation.
+        """
+        relations = Relations(config.relations, config.training.predict_first_frame)
+        if config.timeline.blocks > 1 and not relations.remembers:
+            raise ValueError(
+                f"timeline.blocks is {config.timeline.blocks}, but relations.cells (preset {config.preset!r}) let nothing see earlier blocks; set timeline.blocks=1"
+            )
+        return relations
 
     @property
     def remembers(self) -> bool:
@@ -422,6 +431,7 @@ def untrained_mode_warning(config: Config, name: str) -> str | None:
         return None
     wanted = _A if _A in mode.denoised else _V
     choices = [n for n in relations.modes if (m := _legal(relations, n)) and wanted in m.denoised and _is_trained(config, relations, m)]
+    choices.sort(key=lambda n: n not in trained_modes(config))
     trained = ", ".join(trained_modes(config))
     choose = f"choose {' or '.join(choices)}, or train it" if choices else "train it"
     return f"mode {name!r} is not what this model was trained for (preset {config.preset!r}, modes {trained}), so its output means little; {choose}: training.modes={{{name}: 1}}"
