@@ -129,6 +129,8 @@ def test_coupling_is_drawn_once_per_sample() -> None:
 def test_conditions_are_noised_only_where_actions_see_them_and_never_the_first_frame() -> None:
     imagine = draw(replace(QUIET, condition_probability=1.0), ["imagine"] * 32).clean_BF
     assert (imagine[:, 0] == 0).all() and (imagine[:, 1:] > 0).all() and distinct(imagine[:, 1:]) == 3
+    inside = draw(replace(QUIET, condition_probability=1.0), ["imagine"] * 32, INSIDE).clean_BF
+    assert (inside[:, 0] == 0).all() and (inside[:, 1:] > 0).all()
     assert (draw(replace(QUIET, condition_probability=1.0), ["skip", "forward", "joint"] * 8).clean_BF == 0).all()
     half = draw(replace(QUIET, condition_probability=0.5), ["imagine"] * 2000).clean_BF[:, 1:] > 0
     assert torch.equal(half.all(dim=1), half.any(dim=1)) and float(half.float().mean()) == pytest.approx(0.5, abs=0.03)
@@ -182,10 +184,11 @@ def test_a_committed_prefix_is_given_in_every_block_of_some_samples() -> None:
 
 def test_modes_fix_levels_of_their_own_samples() -> None:
     registers, given = get_mode("skip_registers"), replace(get_mode("video"), live=(Kind.V, Kind.A), pinned={Kind.A: 0.0})
-    config, modes = replace(QUIET, coupled=1), [registers, given, get_mode("joint")]
+    config, modes = replace(QUIET, coupled=1, video=VideoLevelsConfig(at_one=0, low=0.9)), [registers, given, get_mode("joint")]
     levels = draw_levels(config, TIMELINE, modes, torch.Generator().manual_seed(0), predict_first_frame=True)
     assert levels.first_B1 is not None and levels.first_B1[0] == 1
     assert (levels.video_BF[0] == 1).all() and (levels.action_BT[0] < 1).all() and not (levels.action_BT[0] == 0).any()
+    assert (levels.action_BT[2] >= 0.9).all() and (levels.action_BT[0] < 0.9).any(), "no coupling to video that is pinned"
     assert (levels.action_BT[1] == 0).all() and (levels.video_BF[1:] < 1).all() and (levels.video_BF[1:] > 0).all()
 
 

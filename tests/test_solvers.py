@@ -102,6 +102,12 @@ def test_a_step_reads_nothing_off_the_device(name: SolverName) -> None:
     assert x.shape == (2, 3) and x.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+def test_velocities_of_a_network_in_bf16_are_not_scaled_in_bf16(name: SolverName) -> None:
+    grid, x, v = make_grid(name, 6, 5.0), torch.randn(9), torch.randn(9).bfloat16()
+    assert torch.equal(make_solver(name, grid).step(v, 0, x), make_solver(name, grid).step(v.float(), 0, x))
+
+
 @pytest.mark.parametrize("evaluations", [5, 6, 7, 8])
 def test_published_evaluations_of_sixteen_steps(evaluations: int) -> None:
     assert list(evaluated_steps(16, evaluations)) == PUBLISHED["evaluated_of_16"][str(evaluations)]
@@ -149,6 +155,13 @@ def turning(cosine: float) -> Callable[[int], Tensor]:
 )
 def test_which_steps_take_the_last_velocity(name: Literal["none", "mask", "similarity"], evaluations: int, cosine: float, expected: str) -> None:
     assert pattern(make_reuse(name, 16, evaluations), turning(cosine)) == expected
+
+
+def test_the_last_two_velocities_are_compared() -> None:
+    def velocities(n: int) -> Tensor:
+        return torch.eye(3)[:, :1] if n < 2 else torch.eye(3)[:, n % 3 :][:, :1]  # alike at first, then each across the one before
+
+    assert pattern(make_reuse("similarity", 16, 8), lambda n: velocities(n).unsqueeze(0)) == "xx....xxxxxxxxxx"
 
 
 def test_solvers_go_on_with_velocities_used_again() -> None:
