@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
 from wam.evaluation.conformance.case import load_case

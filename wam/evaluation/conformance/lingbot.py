@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from wam.config import SamplingConfig
 from wam.convert import lingbot_va
 from wam.evaluation.conformance.build import build, outside
 from wam.evaluation.conformance.case import Case
-from wam.evaluation.conformance.slots import Pool, Segment, pool_view, slot_view
+from wam.evaluation.conformance.slots import Pool, Segment, Update, pool_view, slot_view
 from wam.evaluation.conformance.stages import Plan, Stage, group
 from wam.model.cache import KVCache
 from wam.model.conditions import Conditions
@@ -134,16 +134,21 @@ def _single(case: Case, model: WorldActionModel) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------ chunks
 
 
+def _both_contexts(case: Case) -> bool:
+    """Did the release run the negative instruction too?  Its calls say so; without any in the case, its rule does: with guidance."""
+    calls = [tensor.shape[0] for name, tensor in case.outputs.items() if re.match(r"chunk\d+/.*tokens_out", name)]
+    return calls[0] == 2 if calls else case.field(float, "job", "guidance_scale") > 1
+
+
 class _Rollout:
     """One episode: our cache on one side, the release's slots on the other."""
 
     def __init__(self, case: Case, model: WorldActionModel):
         self.case, self.model, self.mode = case, model, model.relations.mode("imagine")
         job = case.spec["job"]
-        self.guided = float(job["guidance_scale"]) > 1
-        self.how = SamplingConfig(
-            steps=job["num_inference_steps"], action_steps=job["action_num_inference_steps"], guidance=float(job["guidance_scale"]) if self.guided else 1.0
-        )
+        self.guided = _both_contexts(case)
+        scale = float(job["guidance_scale"]) if self.guided else 1.0
+        self.how = SamplingConfig(steps=job["num_inference_steps"], action_steps=job["action_num_inference_steps"], guidance=scale)
         texts = [case.input("text_emb"), *([case.input("text_emb_neg")] if self.guided else [])]
         self.rows = len(texts)
         self.robot = torch.zeros(self.rows, dtype=torch.int64)
@@ -151,6 +156,7 @@ class _Rollout:
         self.cache: KVCache = model.new_cache(self.rows)
         self.tokens = {Kind.VC: model.clock.tokens(Kind.VC), Kind.AC: model.clock.tokens(Kind.AC)}
         self.pool = Pool(job["attn_window"] // 2 * sum(self.tokens.values()))
+        self.predicted: list[Segment] = []
         self.out: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -227,17 +233,20 @@ class _Rollout:
         seen, done = self.case.input(f"chunk{chunk}/observed_latents"), self.case.input(f"chunk{chunk}/executed_actions")
         if chunk == 0:
             seen = torch.cat([self.case.input("init_latent"), seen], dim=2)
-        for kind in (Kind.VC, Kind.AC):
-            self.cache.drop(kind, [chunk] * self.rows)
+        for kind, block in self.predicted:
+            self.cache.drop(kind, [block] * self.rows)
+        self.predicted = []
         self.pool.free_predicted()
         self.out[f"chunk{chunk}/observe_video_tokens_out"] = self._write(chunk, Kind.VC, seen, "real", 0)
         self.out[f"chunk{chunk}/observe_action_tokens_out"] = self._write(chunk, Kind.AC, _actions_in(done), "real", 0)
 
-    def _write(self, chunk: int, kind: Kind, value: Tensor, update: Any, calls: int) -> Tensor:
+    def _write(self, chunk: int, kind: Kind, value: Tensor, update: Update, calls: int) -> Tensor:
         """A segment at level 0 into both caches, for every row; `calls` denoising calls went before.  Returns the head's tokens."""
         for _ in range(calls):
             self.pool.call((kind, chunk), self.tokens[kind], "drop")
         self.pool.call((kind, chunk), self.tokens[kind], update)
+        if update == "predicted":
+            self.predicted.append((kind, chunk))
         value = torch.cat([value] * self.rows)
         hidden = self.model.prefill(self.cache, self.mode.table, kind, value, [chunk] * self.rows, self.conditions, self.robot)
         return self._head(kind, hidden, value)
