@@ -14,7 +14,7 @@ from tiny_wan import FORMS, transformer, wan_config, write_pipeline
 from wam.config import Config, ConfigError, load_config
 from wam.model.backbone import Backbone
 from wam.model.expert import Expert
-from wam.model.loading import stored_arguments, config_of_backbone, expert_from_video, interpolate, load_backbone, local_folder
+from wam.model.loading import config_of_backbone, expert_from_video, interpolate, load_backbone, local_folder, stored_arguments
 from wam.model.wam import WorldActionModel
 
 ROOT = Path(__file__).resolve().parents[1]

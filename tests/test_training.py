@@ -70,8 +70,8 @@ def test_a_damaged_state_says_what_to_do(tmp_path: Path) -> None:
 def test_a_non_finite_loss_stops_and_names_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = WorldActionModel.forward_train
 
-    def broken(self, window, context, mask):
-        video, action = real(self, window, context, mask)
+    def broken(self, *args):
+        video, action = real(self, *args)
         return video, action * float("nan")
 
     monkeypatch.setattr(WorldActionModel, "forward", broken)

@@ -279,6 +279,7 @@ class ModelConfig:
         _require(self.patch[0] == 1 and min(self.patch) >= 1, f"model.patch is {list(self.patch)}", "expected [1, height, width] in latents: every latent frame has its own tokens")
         _require(self.head_dim % 2 == 0 and self.head_dim >= 12, f"model.head_dim is {self.head_dim}", "rotary positions need an even head_dim of at least 12")
         _require(self.expert_width is None or self.action_head != "modulated_linear", "model.action_head is 'modulated_linear', which shares the video head's table, but expert_width is set", "choose another head, or expert_width=null")
+        _require(self.lora is None or self.pretrained is not None, "model.lora adapts a pretrained backbone, but model.pretrained is null", "name one, or set model.lora=null")
         names = [e.name for e in self.embodiments]
         _require(len(set(names)) == len(names) > 0, f"model.embodiments are {names}", "name each embodiment once, and at least one")
         for what in ("action", "state"):

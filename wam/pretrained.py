@@ -1,32 +1,46 @@
 """A policy on disk: everything that is needed to drive a robot, and nothing that runs code.
 
-    config.yaml          the resolved config of the run
+    config.yaml          the resolved config of the run, cells of the relation table included
     config.json          format, versions, training step
-    model.safetensors    weights (EMA), codec and text encoder included
+    model.safetensors    weights (EMA), with a linear codec and an embedded text encoder; in shards and an index where they are large
     normalizer.json      statistics, method and clipping of states and actions
+    adapter/             adapters, where only those and the new parts were trained; the backbone is then where `model.pretrained` says
+    vae/, text_encoder/ and tokenizer/, image_encoder/      pretrained parts in diffusers' layout, where they were copied here;
+                         otherwise they are where `codec.pretrained`, `text.pretrained` and `image.pretrained` say
 
 A policy is portable because the contract between model and robot (sizes, rates, normalisation) lies beside the weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import wam
+from wam.codec.clip_image import ClipImage
+from wam.codec.codec import IMAGE_ENCODER, Codec, make_codec, make_image
 from wam.codec.linear import LinearCodec
+from wam.codec.wan import WanCodec
 from wam.config import Config, load_config, save_config
-from wam.files import atomic_path, write_json_atomic
+from wam.files import write_json_atomic
+from wam.model.loading import local_folder, model_from_backbone
+from wam.model.lora import apply_lora, base_identity, base_name, has_lora, is_adapter, load_adapter, merge_lora, save_adapter, trainable
 from wam.model.wam import WorldActionModel
+from wam.shards import SHARD_BYTES, ShardReader, ShardWriter, build_empty, load_into
+from wam.text.cache import CachedText
+from wam.text.text import TEXT_ENCODER, TOKENIZER, OutsideText, Text, make_text
 
-FORMAT = "wam-policy-1"
-CONFIG, META, WEIGHTS, NORMALIZER = "config.yaml", "config.json", "model.safetensors", "normalizer.json"
+FORMAT = "wam-policy-2"
+CONFIG, META, WEIGHTS, NORMALIZER, ADAPTER = "config.yaml", "config.json", "model.safetensors", "normalizer.json", "adapter"
+STEM = "model"
+MODEL, CODEC = "model.", "codec."  # what the names of their tensors begin with
+BACKBONE = "backbone."
 
 
 @dataclass
@@ -36,13 +50,15 @@ class Policy:
     Attributes:
         normalizer: as a plain dictionary (`wam.data.normalize.Normalizer.from_dict` reads it).
         meta: what else the checkpoint says about itself: step, control rate, task names.
+        image: embeds the first frame, where the model takes image embeddings.
     """
 
     config: Config
     model: WorldActionModel
-    codec: LinearCodec
+    codec: Codec
     normalizer: dict[str, Any]
     meta: dict[str, Any]
+    image: ClipImage | None = None
 
     @property
     def control_hz(self) -> float:
@@ -50,43 +66,183 @@ class Policy:
         return float(self.meta["control_hz"])
 
 
-def save_pretrained(policy: Policy, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a policy; `weights` replaces the model's own (an EMA, say).  Each file is written in one step, weights last."""
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def save_pretrained(policy: Policy, directory: Path, weights: dict[str, Tensor] | None = None, max_bytes: float = SHARD_BYTES) -> None:
+    """Write a policy, weights last.  Of a model with adapters, those and the parts that are not the backbone's; `merge_lora` it first for all of it.
+
+    Args:
+        weights: replaces the model's own (an EMA, say); of a model with adapters, what trains.
+        max_bytes: largest file of weights.
+
+    Raises:
+        ValueError: adapters on a backbone that no `model.pretrained` names: they could not be loaded again.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     save_config(policy.config, directory / CONFIG)
     write_json_atomic(directory / NORMALIZER, policy.normalizer)
-    write_json_atomic(directory / META, {"format": FORMAT, "wam_version": wam.__version__, "torch_version": torch.__version__, **policy.meta})
-    tensors = {f"model.{k}": v for k, v in (weights or _weights(policy.model)).items()}
-    tensors |= {f"codec.{k}": v for k, v in policy.codec.state_dict().items()}
-    with atomic_path(directory / WEIGHTS) as temporary:
-        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": FORMAT})
+    text = {"text_space": policy.model.text.space} if isinstance(policy.model.text, CachedText) else {}
+    write_json_atomic(directory / META, {"format": FORMAT, "wam_version": wam.__version__, "torch_version": torch.__version__, **policy.meta, **text})
+    tensors = weights or _weights(policy.model)
+    if has_lora(policy.model):
+        tensors = _save_adapter(policy, directory, tensors)
+    named = {f"{MODEL}{k}": v for k, v in tensors.items()}
+    if isinstance(policy.codec, LinearCodec):
+        named |= {f"{CODEC}{k}": v for k, v in policy.codec.state_dict().items()}
+    with ShardWriter(directory, STEM, max_bytes, {"format": FORMAT}) as writer:
+        for name, tensor in named.items():
+            writer.add(name, tensor)
 
 
-def from_pretrained(directory: str | Path, device: str = "cpu") -> Policy:
-    """Load a policy for inference.
+def save_components(policy: Policy, directory: Path) -> None:
+    """Copy a policy's pretrained parts into its folder, in diffusers' layout, so that it needs nothing from elsewhere.
 
     Raises:
-        FileNotFoundError: not a checkpoint directory; says which file is missing.
-        ValueError: another format, a truncated weights file, or tensors that do not match the config (named).
+        ValueError: the text encoder is not at hand, only embeddings that were made with it.
     """
-    directory = Path(directory)
-    for name in (META, CONFIG, WEIGHTS, NORMALIZER):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} is not a checkpoint: {name} is missing; give the directory that `wam train` wrote, e.g. runs/demo/train/checkpoint")
+    if isinstance(policy.codec, WanCodec):
+        policy.codec.save_pretrained(directory)
+    if policy.image is not None:
+        policy.image.encoder.save_pretrained(directory / IMAGE_ENCODER)
+    text = policy.model.text
+    if isinstance(text, (CachedText, OutsideText)):
+        encoder: Any = text.encoder
+        if encoder is None:
+            raise ValueError("the text encoder is not loaded: all embeddings so far came from text.cache; load the policy with text.cache=null to copy it")
+        encoder.encoder.save_pretrained(directory / TEXT_ENCODER)
+        encoder.tokenizer.save_pretrained(directory / TOKENIZER)
+
+
+def _save_adapter(policy: Policy, directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write the adapters; returns what is left to write: all that trained and is no adapter."""
+    lora, pretrained = policy.config.model.lora, policy.config.model.pretrained
+    if lora is None or pretrained is None:
+        raise ValueError(f"the model has adapters, but the config says model.lora {lora} and model.pretrained {pretrained}, so that they could not be loaded again; merge them first (merge_lora)")
+    trained = set(trainable(policy.model))
+    tensors = {name: tensor for name, tensor in tensors.items() if name in trained or not name.startswith(BACKBONE)}
+    adapters = {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items() if is_adapter(name)}
+    rest = {base_name(name): tensor for name, tensor in tensors.items() if not is_adapter(name)}
+    base = base_identity(policy.model, _of_backbone(rest))
+    save_adapter(directory / ADAPTER, adapters, lora, base, pretrained)
+    return rest
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """State of a model, tied tensors once (the text encoder names its embedding twice)."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            out[name] = tensor.detach()
+    return out
+
+
+def _of_backbone(names: Any) -> list[str]:
+    return [name.removeprefix(BACKBONE) for name in names if name.startswith(BACKBONE)]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def from_pretrained(path_or_repo: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Policy:
+    """Load a policy for inference, tensor by tensor; adapters are merged into their backbone.
+
+    Args:
+        path_or_repo: a checkpoint's folder, or a Hub id.
+        dtype: of the model's weights; default: as stored, or the backbone's where other parts were kept more exactly.
+
+    Raises:
+        FileNotFoundError: not a checkpoint directory, or a pretrained part that cannot be had; says which file is missing.
+        ValueError: another format, a damaged weights file, tensors that do not match the config, or adapters of another base (named).
+    """
+    directory = _checkpoint(path_or_repo)
     meta = _read_json(directory / META, ("format", "control_hz"))
-    if meta["format"] != FORMAT:
-        raise ValueError(f"{directory / META} has format {meta['format']!r}; this version reads {FORMAT!r}")
+    _check_format(directory, meta)
     normalizer = _read_json(directory / NORMALIZER, ("version", "method", "clip", "keys"))
     config = load_config(directory / CONFIG)
     try:
-        tensors = safetensors.torch.load_file(directory / WEIGHTS, device=device)
-    except Exception as error:
+        reader = ShardReader(directory, STEM)
+    except ValueError as error:
         raise ValueError(f"{directory / WEIGHTS} cannot be read ({error}); the file is damaged or incomplete: copy or train it again") from error
-    model, codec = WorldActionModel(config).to(device), LinearCodec(config.codec).to(device)
-    _load(model, _part(tensors, "model."), directory)
-    _load(codec, _part(tensors, "codec."), directory)
-    model.eval().requires_grad_(False)
-    return Policy(config, model, codec, normalizer, meta)
+    text = None if config.text.kind == "bytes" else make_text(config.text, directory, meta.get("text_space"))
+    with reader:
+        dtype = dtype or _stored_dtype(reader)
+        if (directory / ADAPTER).is_dir():
+            model, config = _on_its_base(directory, config, reader, text, device, dtype)
+        else:
+            model = build_empty(lambda: WorldActionModel(config, text=text))
+            _load(model, reader, MODEL, directory, device, dtype)
+        codec = make_codec(config.codec, directory)
+        if isinstance(codec, LinearCodec):
+            _load(codec, reader, CODEC, directory, device, None)
+    image = make_image(config, directory)
+    model.to(device).eval().requires_grad_(False)
+    return Policy(config, model, codec.to(device), normalizer, meta, None if image is None else image.to(device))
+
+
+def _checkpoint(path_or_repo: str | Path) -> Path:
+    directory = Path(path_or_repo)
+    if not directory.exists() and str(path_or_repo).count("/") == 1 and not directory.parent.exists():
+        directory = local_folder(path_or_repo)
+    for name in (META, CONFIG, WEIGHTS, NORMALIZER):
+        if not (directory / name).is_file() and not (name == WEIGHTS and (directory / f"{WEIGHTS}.index.json").is_file()):
+            raise FileNotFoundError(f"{directory} is not a checkpoint: {name} is missing; give the directory that `wam train` wrote, e.g. runs/demo/train/checkpoint")
+    return directory
+
+
+def _check_format(directory: Path, meta: dict[str, Any]) -> None:
+    if meta["format"] == "wam-policy-1":
+        raise ValueError(
+            f"{directory / META} has format 'wam-policy-1', of wam {meta.get('wam_version', 'before 0.2')}, whose noise settings and positions mean something else here; "
+            f"this version reads {FORMAT!r}: train it again, or use it with that version"
+        )
+    if meta["format"] != FORMAT:
+        raise ValueError(f"{directory / META} has format {meta['format']!r}; this version reads {FORMAT!r}")
+
+
+def _on_its_base(directory: Path, config: Config, reader: ShardReader, text: Text | None, device: str, dtype: torch.dtype | None) -> tuple[WorldActionModel, Config]:
+    """A backbone from where the config says, with the checkpoint's adapters merged into it, and the parts that were trained in full."""
+    if config.model.lora is None or config.model.pretrained is None:
+        raise ValueError(f"{directory} holds adapters, but {CONFIG} says model.lora {config.model.lora} and model.pretrained {config.model.pretrained}; name the backbone they were trained on")
+    model = model_from_backbone(lambda c, backbone: WorldActionModel(c, backbone, text), config.model.pretrained, config, dtype, device)
+    dtype = model.backbone.dtype
+    full = _of_backbone(name.removeprefix(MODEL) for name in reader.names())
+    apply_lora(model, config.model.lora, also=full)
+    load_adapter(model, directory / ADAPTER, trained=full)
+    merge_lora(model)
+    base = [f"{BACKBONE}{name}" for name in model.backbone.state_dict() if name not in set(full)]
+    _load(model, reader, MODEL, directory, device, dtype, ignore=base)
+    return model, replace(config, model=replace(config.model, lora=None))
+
+
+def _load(module: Any, reader: ShardReader, prefix: str, directory: Path, device: str, dtype: torch.dtype | None, ignore: Any = ()) -> None:
+    def rename(name: str) -> str | None:
+        return name.removeprefix(prefix) if name.startswith(prefix) else None
+
+    try:
+        load_into(cast(nn.Module, module), reader, rename, dtype, device, what="it", ignore=ignore)
+    except ValueError as error:
+        raise ValueError(f"{directory / WEIGHTS} does not match {directory / CONFIG}: {error}") from error
+
+
+def _stored_dtype(reader: ShardReader) -> torch.dtype | None:
+    """None where all weights are of one type, which is then kept; the backbone's where other parts are of another."""
+    dtypes = {name: reader.dtype(name) for name in reader.names() if name.startswith(MODEL)}
+    floating = {dtype for dtype in dtypes.values() if dtype.is_floating_point}
+    return dtypes.get(f"{MODEL}{BACKBONE}patch_embedding.weight") if len(floating) > 1 else None
+
+
+def weights_sha256(directory: Path) -> str:
+    """A hash of every file of weights of a checkpoint; of a single one, its own."""
+    files = [*sorted(directory.glob(f"{STEM}*.safetensors")), *sorted((directory / ADAPTER).glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def _read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
@@ -99,30 +255,3 @@ def _read_json(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; the file is damaged or not a checkpoint's: copy the checkpoint again")
     return tree
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """State of a model, tied tensors once (the text encoder names its embedding twice)."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        out[name] = tensor
-    return out
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _load(module: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
-    own, tied = _weights(module), set(module.state_dict())
-    missing = sorted(set(own) - set(tensors))
-    unexpected = sorted(set(tensors) - tied)
-    shapes = [f"{k}: checkpoint {tuple(tensors[k].shape)}, config {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
-    if missing or unexpected or shapes:
-        parts = [f"missing {missing[:3]}" if missing else "", f"unexpected {unexpected[:3]}" if unexpected else "", f"sizes differ: {'; '.join(shapes[:3])}" if shapes else ""]
-        raise ValueError(f"{directory / WEIGHTS} does not match {directory / CONFIG}: {', '.join(p for p in parts if p)}")
-    module.load_state_dict(tensors, strict=False)

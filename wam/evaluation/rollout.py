@@ -9,7 +9,6 @@ with this run's.  Latency is measured apart, one robot at a time, because that i
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -26,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import wam
-from wam.config import RolloutConfig
+from wam.config import RolloutConfig, SamplingConfig
 from wam.evaluation.environments import Floats, Frames, StepResult
 from wam.evaluation.episodes import Driver, Episode, Watcher, generator_seed, imagine_outcome
 from wam.evaluation.gl import choose_backend
@@ -36,8 +35,7 @@ from wam.evaluation.statistics import percentile, wilson
 from wam.evaluation.vector import VectorEnv
 from wam.files import write_json_atomic
 from wam.inference.session import Plan, Session
-from wam.config import SamplingConfig
-from wam.pretrained import WEIGHTS, Policy, from_pretrained
+from wam.pretrained import Policy, from_pretrained, weights_sha256
 from wam.relations import MODES, get_mode
 from wam.timeline import Kind
 
@@ -206,11 +204,10 @@ def _identity(checkpoint: Path, policy: Policy, config: RolloutConfig) -> dict[s
 
     The number of episodes belongs to it, because it is to be chosen before results are seen.
     """
-    digest = hashlib.sha256((checkpoint / WEIGHTS).read_bytes()).hexdigest()
     last = config.seed + config.episodes - 1
     return {
         "env": config.env,
-        "checkpoint_sha256": digest,
+        "checkpoint_sha256": weights_sha256(checkpoint),
         "replan": replan_of(policy, config),
         "steps": config.steps,
         "max_steps": config.max_steps,

@@ -189,19 +189,23 @@ def load_backbone(path_or_repo: str | Path, config: Config, dtype: torch.dtype |
     folder = backbone_folder(path_or_repo)
     arguments = stored_arguments(folder)
     check_sizes(config, arguments, str(folder))
-    new: list[str] = []
     if config.model.image_dim is not None and arguments["image_dim"] is None:
         arguments |= {"image_dim": config.model.image_dim, "added_kv_proj_dim": config.model.width}
     backbone = build_empty(lambda: Backbone(**arguments))
     with ShardReader(folder, WEIGHTS) as reader:
-        stored = set(reader.names())
-        if arguments["image_dim"] is not None:
-            image = [name for name in backbone.state_dict() if _of_image(name)]
-            new = [] if stored & set(image) else image
+        image = [name for name in backbone.state_dict() if _of_image(name)]
+        new = [] if set(image) & set(reader.names()) else image
         load_into(backbone, reader, dtype=dtype, device=device, what=str(folder), ignore=new)
     if new:
         _start_image_branch(backbone, new, config.training.seed, device)
     return backbone
+
+
+def new_names(backbone: Backbone, path_or_repo: str | Path) -> list[str]:
+    """Names of the backbone's that its pretrained weights do not have: an image branch that was added."""
+    with ShardReader(backbone_folder(path_or_repo), WEIGHTS) as reader:
+        stored = set(reader.names())
+    return [name for name in backbone.state_dict() if name not in stored]
 
 
 def _of_image(name: str) -> bool:

@@ -134,6 +134,11 @@ class CachedText(nn.Module):
             self._encode(missing[start : start + batch_size])
         return len(missing)
 
+    def release(self) -> None:
+        """Let go of an encoder that can be had again when it is needed."""
+        if self._load is not None:
+            self._outside = (None,)
+
     def path(self, text: str) -> Path:
         """The file of a text's embedding, whether it exists or not."""
         return self.folder / f"{_hash(text)}.safetensors"

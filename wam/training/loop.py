@@ -25,15 +25,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wam.codec.clip_image import ClipImage
+from wam.codec.codec import Codec, make_codec, make_image
 from wam.codec.linear import LinearCodec
 from wam.config import Config, save_config, to_dict
 from wam.data.dataset import WindowDataset, collate
 from wam.data.lerobot import LeRobotDataset
 from wam.data.sampler import WindowSampler, make_loader
 from wam.files import write_json_atomic
+from wam.model.loading import model_from_backbone, new_names
+from wam.model.lora import apply_lora, trainable
 from wam.model.wam import WorldActionModel
 from wam.pretrained import Policy, save_pretrained
 from wam.relations import get_mode
+from wam.text.cache import CachedText
+from wam.text.text import Text, make_text, prompts
 from wam.training.meters import Meters
 from wam.training.objective import Losses, Objective
 from wam.training.state import STATE, Ema, load_state, save_state
@@ -60,7 +66,8 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
     data, held_out = datasets(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = fit_codec(config, data).to(device)
-    model = WorldActionModel(config).to(device)
+    image = make_image(config)
+    model = build_model(config, device, text_for(config, data))
     optimizer = _optimizer(config, model)
     ema = Ema(model, config.training.ema_decay)
     fingerprint = _fingerprint(config)
@@ -68,7 +75,7 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
     if resume and (output / STATE).is_file():
         step, elapsed = load_state(output / STATE, model, ema, optimizer, fingerprint)
     save_config(config, output / "config.yaml")
-    run = _Run(config, output, data, held_out, model, codec, optimizer, ema, fingerprint)
+    run = _Run(config, output, data, held_out, model, codec, optimizer, ema, fingerprint, None if image is None else image.to(device))
     return run.go(step, elapsed)
 
 
@@ -108,9 +115,37 @@ def _report_left_out(data: WindowDataset, split: str) -> None:
         log.warning("%d of %d %s episodes are left out (%s): shorter than one block, %d + 1 rows", count, count + len(data.episodes), split, some, a)
 
 
-def fit_codec(config: Config, data: WindowDataset) -> LinearCodec:
-    """The linear codec of a dataset, fitted on groups of frames as they occur in windows."""
-    codec = LinearCodec(config.codec)
+def build_model(config: Config, device: str, text: Text | None = None) -> WorldActionModel:
+    """The model that training starts from: new, or on a pretrained backbone; with adapters, that is frozen.
+
+    A frozen backbone is kept in the type it computes in; whatever trains is float32.
+    """
+    pretrained, lora = config.model.pretrained, config.model.lora
+    if pretrained is None:
+        return WorldActionModel(config, text=text).to(device)
+    frozen = torch.bfloat16 if lora is not None and _bf16(config, torch.device(device)) else torch.float32
+    model = model_from_backbone(lambda c, backbone: WorldActionModel(c, backbone, text), pretrained, config, frozen, device, torch.float32)
+    if lora is not None:
+        apply_lora(model, lora, config.training.seed, also=new_names(model.backbone, pretrained))
+    return model
+
+
+def text_for(config: Config, data: WindowDataset) -> Text | None:
+    """A pretrained text encoder, with a dataset's instructions embedded beforehand where they are kept on disk; None for the embedded one."""
+    if config.text.kind == "bytes":
+        return None
+    text = make_text(config.text)
+    if isinstance(text, CachedText):
+        text.precompute([*prompts(data.instructions, config.text.template), *([""] if config.training.text_dropout else [])])
+        text.release()
+    return text
+
+
+def fit_codec(config: Config, data: WindowDataset) -> Codec:
+    """The pretrained codec, or the linear one of a dataset, fitted on groups of frames as they occur in windows."""
+    codec = make_codec(config.codec)
+    if not isinstance(codec, LinearCodec):
+        return codec
     rng = np.random.default_rng(config.training.seed)
     stride = config.timeline.temporal_stride
     wanted = max(1, config.codec.fit_frames // stride // config.timeline.blocks)
@@ -123,10 +158,11 @@ def fit_codec(config: Config, data: WindowDataset) -> LinearCodec:
 class _Run:
     """One call of `train`: what the loop touches, and its steps."""
 
-    def __init__(self, config: Config, output: Path, data: WindowDataset, held_out: WindowDataset | None, model: WorldActionModel, codec: LinearCodec, optimizer: torch.optim.Optimizer, ema: Ema, fingerprint: str):
+    def __init__(self, config: Config, output: Path, data: WindowDataset, held_out: WindowDataset | None, model: WorldActionModel, codec: Codec, optimizer: torch.optim.Optimizer, ema: Ema, fingerprint: str, image: ClipImage | None = None):
         self.config, self.output, self.data, self.held_out = config, output, data, held_out
         self.model, self.codec, self.optimizer, self.ema, self.fingerprint = model, codec, optimizer, ema, fingerprint
-        self.objective = Objective(config, model, codec)
+        self.image = image
+        self.objective = Objective(config, model, codec, image)
         self.sampler = WindowSampler(len(data), config.training.batch_size, config.training.seed)
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=_bf16(config, model.device))
 
@@ -169,6 +205,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(_draw_seed(t.seed, step))
+        torch.manual_seed(_draw_seed(t.seed + 1, step))  # what adapters drop
         with self.autocast:
             losses = self.objective(batch, generator)
         video, action = losses.video(), losses.action()
@@ -202,8 +239,8 @@ class _Run:
         samples = [self.held_out[int(i)] for i in chosen]
         size = self.config.training.batch_size
         batches: list[Any] = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-        own = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        _assign(self.model, self.ema.shadow)
+        own = {n: p.detach().clone() for n, p in trainable(self.model).items()} if self.ema.decay else {}
+        _assign(self.model, self.ema.shadow if own else {})
         try:
             with self.autocast:
                 return validate(self.objective, batches, self._mean_action(), self.config.training.seed)
@@ -217,7 +254,7 @@ class _Run:
         normalizer = self.data.normalizer
         assert normalizer is not None
         meta = {"step": step, "control_hz": self.data.fps, "tasks": self.data.instructions, "source": self.data.source}
-        policy = Policy(self.config, self.model, self.codec, normalizer.to_dict(), meta)
+        policy = Policy(self.config, self.model, self.codec, normalizer.to_dict(), meta, self.image)
         save_pretrained(policy, self.output / CHECKPOINT, weights=self.ema.shadow)
         save_state(self.output / STATE, step, self.model, self.ema, self.optimizer, self.fingerprint, elapsed)
 
@@ -225,8 +262,9 @@ class _Run:
 def _optimizer(config: Config, model: WorldActionModel) -> torch.optim.Optimizer:
     """AdamW; no decay on biases, norms, and tables."""
     t = config.training
-    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "table" not in n and "bias" not in n]
-    plain = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and "table" not in n and "bias" not in n)]
+    trained = trainable(model).items()
+    decayed = [p for n, p in trained if p.ndim >= 2 and "table" not in n and "bias" not in n]
+    plain = [p for n, p in trained if not (p.ndim >= 2 and "table" not in n and "bias" not in n)]
     groups = [{"params": decayed, "weight_decay": t.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=t.learning_rate, betas=t.betas, fused=True)
 
@@ -234,7 +272,8 @@ def _optimizer(config: Config, model: WorldActionModel) -> torch.optim.Optimizer
 @torch.no_grad()
 def _assign(model: WorldActionModel, values: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
-        parameter.copy_(values[name])
+        if name in values:
+            parameter.copy_(values[name])
 
 
 def _draw_seed(seed: int, step: int) -> int:
@@ -244,7 +283,7 @@ def _draw_seed(seed: int, step: int) -> int:
 def _fingerprint(config: Config) -> str:
     """What must not change between the parts of a run; how long it runs and what it logs may."""
     tree = to_dict(config)
-    relevant = {k: tree[k] for k in ("data", "timeline", "codec", "text", "model", "noise", "training")}
+    relevant = {k: tree[k] for k in ("data", "timeline", "codec", "text", "image", "model", "relations", "noise", "training")}
     relevant["training"] = {k: v for k, v in relevant["training"].items() if k not in ("steps", "max_minutes", "log_every", "validate_every", "validation_batches", "save_every")}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 

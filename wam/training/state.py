@@ -1,6 +1,7 @@
 """Training state on disk: enough to go on as if nothing had happened, and nothing that is unpickled.
 
-One safetensors file holds weights, EMA and the optimiser's moments, and the step in its metadata, so it is either whole or absent.
+One safetensors file holds the weights that train, their EMA and the optimiser's moments, and the step in its metadata, so it is either
+whole or absent.
 Random numbers need no state: every draw is a function of the seed and the step.
 """
 
@@ -14,30 +15,37 @@ import torch
 from torch import Tensor, nn
 
 from wam.files import atomic_path
+from wam.model.lora import trainable
 
 FORMAT = "wam-training-1"
 STATE = "training_state.safetensors"
 
 
 class Ema:
-    """Exponential moving average of a model's trainable parameters, with a warm-up so that early weights are forgotten."""
+    """Exponential moving average of a model's trainable parameters, with a warm-up so that early weights are forgotten.
+
+    With a decay of 0 it is the parameters themselves, and takes no memory.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.shadow = {name: p.detach().clone() if decay else p.detach() for name, p in trainable(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards the model's parameters after optimiser step number `step` (from 1)."""
+        if not self.decay:
+            return
         decay = min(self.decay, step / (step + 10))
-        names, values = zip(*model.named_parameters(), strict=True)
+        names, values = zip(*trainable(model).items(), strict=True)
         torch._foreach_lerp_([self.shadow[n] for n in names], list(values), 1 - decay)
 
 
 def save_state(path: Path, step: int, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, fingerprint: str, elapsed: float) -> None:
     """Write the state after `step` steps, atomically."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()} | {f"ema.{n}": p for n, p in ema.shadow.items()}
+    trained = trainable(model)
+    names = {id(p): name for name, p in trained.items()}
+    tensors = {f"model.{n}": p.detach() for n, p in trained.items()} | ({f"ema.{n}": p for n, p in ema.shadow.items()} if ema.decay else {})
     for parameter, slots in optimizer.state.items():
         for slot, value in slots.items():
             tensors[f"optimizer.{slot}.{names[id(parameter)]}"] = torch.as_tensor(value)
@@ -63,9 +71,10 @@ def load_state(path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Op
     if metadata.get("config") != fingerprint:
         raise ValueError(f"{path} belongs to a run with another config (model, data, noise or training section); use another --output, or --fresh to start over")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trainable(model).items():
             parameter.copy_(tensors[f"model.{name}"])
-            ema.shadow[name].copy_(tensors[f"ema.{name}"])
+            if ema.decay:
+                ema.shadow[name].copy_(tensors[f"ema.{name}"])
             slots = {slot: tensors[key] for slot in ("step", "exp_avg", "exp_avg_sq") if (key := f"optimizer.{slot}.{name}") in tensors}
             if slots:
                 optimizer.state[parameter] = _placed(slots, parameter)
