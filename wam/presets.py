@@ -99,7 +99,7 @@ def _fast_wam(mode: str, condition: float = 0.0) -> Tree:
 
 # LingBot-VA (arXiv 2601.21998), as released: one shared stack.  Executed actions see the video they led to (`Ac->Vc <=`), which is no leak
 # while no video sees actions of its own block.  The first frame is block 0's own; there is no state.  Its training draws windows of 4 to
-# 64 segments and blocks of 1 to 4 latent frames at random; ours have one size.  25 video and 50 action steps, here 25 of each.
+# 64 segments and blocks of 1 to 4 latent frames at random; ours have one size.
 _LINGBOT: Tree = {
     "timeline": {"history": 64, "history_unit": "segment", "first_frame": "inside"},
     "model": {
@@ -118,17 +118,17 @@ _LINGBOT: Tree = {
         "condition_probability": 0.0,
         "history_probability": 0.5,  # the copy is history and condition in one
     },
-    "sampling": {"steps": 25, "guidance": 5.0},
+    "sampling": {"steps": 25, "action_steps": 50, "guidance": 5.0},
     "training": {"modes": {"imagine": 1.0}, "text_dropout": 0.1, "state_dropout": 0.0},
     "rollout": {"modes": ["imagine"]},
 }
 
 # UWM (arXiv 2504.02792): one copy, everything sees everything, and two independent levels make every mode.  It conditions on the observation
 # by adaptive normalisation, ours by attention to H; it predicts noise on a squared-cosine schedule of 100 steps, ours velocity on a
-# straight path; its learned positions are ours on the clock; its registers are left out.
+# straight path; its learned positions are rotary ones here; its registers are left out.
 _UWM: Tree = {
     "timeline": _ONE_BLOCK,
-    "model": {"state": "none"},
+    "model": {"positions": "index", "state": "none"},
     "relations": {"cells": _FORGETS, "copies": "single"},
     "noise": {
         "video": {"shift": 1.0, "at_zero": 0.01, "at_one": 0.01, "per": "sample"},  # each of 100 levels is drawn as often

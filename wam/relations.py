@@ -412,6 +412,9 @@ def get_mode(name: str) -> Mode:
 # ------------------------------------------------------------------------------------------------ what a config was trained for
 
 
+_NEED_MORE = ("inverse", "forward")  # than an observation: the video that comes, or the actions
+
+
 def trained_modes(config: Config) -> tuple[str, ...]:
     """The modes that are drawn in training."""
     return tuple(name for name, weight in config.training.modes.items() if weight > 0)
@@ -430,7 +433,8 @@ def untrained_mode_warning(config: Config, name: str) -> str | None:
     if _is_trained(config, relations, mode):
         return None
     wanted = _A if _A in mode.denoised else _V
-    choices = [n for n in relations.modes if (m := _legal(relations, n)) and wanted in m.denoised and _is_trained(config, relations, m)]
+    free = [n for n in relations.modes if n not in _NEED_MORE]
+    choices = [n for n in free if (m := _legal(relations, n)) and wanted in m.denoised and _is_trained(config, relations, m)]
     choices.sort(key=lambda n: n not in trained_modes(config))
     trained = ", ".join(trained_modes(config))
     choose = f"choose {' or '.join(choices)}, or train it" if choices else "train it"
