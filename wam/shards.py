@@ -429,15 +429,15 @@ def _put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def identity(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash that tells checkpoints apart: name, shape and evenly sampled numbers (in float32) of every tensor, whatever their order.
+    """A hash that tells checkpoints apart: name, shape and evenly sampled numbers of every tensor, whatever their order.
 
-    The stored type does not count, as bfloat16 kept in float32 is the same weights.
+    Numbers count as bfloat16 holds them, so that weights are the same in whichever type they were stored or loaded.
     """
     parts = []
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, max(len(flat) - 1, 0), SAMPLES, dtype=torch.float64).long().to(flat.device)
-        numbers = flat[places].float().cpu().numpy().tobytes() if len(flat) else b""
+        numbers = flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes() if len(flat) else b""
         parts.append(f"{name} {tuple(tensor.shape)} ".encode() + hashlib.sha256(numbers).digest())
     return hashlib.sha256(b"\n".join(sorted(parts))).hexdigest()
 
