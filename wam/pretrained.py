@@ -222,7 +222,7 @@ def _load(module: Any, reader: ShardReader, prefix: str, directory: Path, device
         return name.removeprefix(prefix) if name.startswith(prefix) else None
 
     try:
-        load_into(cast(nn.Module, module), reader, rename, dtype, device, what="it", ignore=ignore)
+        load_into(cast(nn.Module, module), reader, rename, dtype, device, what="the checkpoint", ignore=ignore)
     except ValueError as error:
         raise ValueError(f"{directory / WEIGHTS} does not match {directory / CONFIG}: {error}") from error
 

@@ -198,7 +198,7 @@ def load_backbone(path_or_repo: str | Path, config: Config, dtype: torch.dtype |
         load_into(backbone, reader, dtype=dtype, device=device, what=str(folder), ignore=new)
     if new:
         _start_image_branch(backbone, new, config.training.seed, device)
-    return backbone
+    return backbone.to(device)  # buffers, which no checkpoint holds
 
 
 def new_names(backbone: Backbone, path_or_repo: str | Path) -> list[str]:
