@@ -1,6 +1,7 @@
 """Released names and ours: maps that read both ways, encoders that compute what the released ones do, Wan's folders, reports."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -147,13 +148,16 @@ def test_the_image_encoder_computes_what_the_released_one_does(tmp_path: Path) -
 
 def write_wan(folder: Path, which: str) -> Path:
     """A tiny Wan checkpoint as Wan publishes it: shards of the transformer, and pickles."""
-    tensors = tiny_tensors(which)
+    tensors = tiny_tensors("5b" if which == "5b" else "14b")
+    if which == "t2v":  # no image branch, and no channels for the first frame
+        tensors = {name: tensor for name, tensor in tensors.items() if not re.search(r"model\.(img_emb|blocks.*_img)", name)}
+        tensors["action_head.model.patch_embedding.weight"] = torch.randn(48, 16, 1, 2, 2)
     with ShardWriter(folder, "diffusion_pytorch_model", 100_000) as writer:
         for name, tensor in component(tensors, "action_head.model.").items():
             if not name.startswith(("action_", "state_")):
                 writer.add(name, tensor)
     torch.save(component(tensors, "action_head.text_encoder."), folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    torch.save(component(tensors, "action_head.vae.model."), folder / ("Wan2.1_VAE.pth" if which == "14b" else "Wan2.2_VAE.pth"))
+    torch.save(component(tensors, "action_head.vae.model."), folder / ("Wan2.2_VAE.pth" if which == "5b" else "Wan2.1_VAE.pth"))
     clip = component(tensors, "action_head.image_encoder.model.") | {"textual.token_embedding.weight": torch.zeros(3, 4)}
     torch.save(clip, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
     (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": 2, "eps": 1e-6}))
@@ -162,7 +166,7 @@ def write_wan(folder: Path, which: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("which", ["14b", "5b"])
+@pytest.mark.parametrize("which", ["t2v", "14b", "5b"])
 def test_wan_becomes_a_folder_that_diffusers_reads(which: str, tmp_path: Path) -> None:
     src, dst = write_wan(tmp_path / "src", which), tmp_path / "dst"
     report = convert("wan", src, dst)
@@ -173,7 +177,8 @@ def test_wan_becomes_a_folder_that_diffusers_reads(which: str, tmp_path: Path) -
         assert torch.equal(WAN.backward(name, tensor)[1], released.get(WAN.source_of(name)))
     vae, loaded = AutoencoderKLWan.from_pretrained(dst, subfolder="vae", output_loading_info=True)
     assert not any(loaded[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert vae.encode(torch.zeros(1, 3, 5, 32, 32)).latent_dist.mode().shape == ((1, 16, 2, 4, 4) if which == "14b" else (1, 48, 2, 2, 2))
+    assert vae.encode(torch.zeros(1, 3, 5, 32, 32)).latent_dist.mode().shape == ((1, 48, 2, 2, 2) if which == "5b" else (1, 16, 2, 4, 4))
+    assert model.config.image_dim == (None if which == "t2v" else 16)
     UMT5EncoderModel.from_pretrained(dst, subfolder="text_encoder")
     CLIPVisionModel.from_pretrained(dst, subfolder="image_encoder")
     assert (dst / "tokenizer" / "tokenizer_config.json").is_file()

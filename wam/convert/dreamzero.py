@@ -11,28 +11,25 @@ A LoRA checkpoint holds only what was trained; it is merged onto its base first 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import wam
-from wam.config import Config, from_dict, save_config
+from wam.config import Config, from_dict
 from wam.config_tree import overlay
 from wam.convert.clip import clip_component
 from wam.convert.dreamzero_lora import Merged, canonical, has_lora, is_lora_only, merge_from_base
 from wam.convert.dreamzero_robot import NEGATIVE_PROMPT, Robot, read_robot
 from wam.convert.keys import KeyMap, Rule
 from wam.convert.options import Options
+from wam.convert.policy import copy_tokenizer, write_policy
 from wam.convert.report import Component, Report, Shape, plan, write
 from wam.convert.umt5 import umt5_component
 from wam.convert.vae import vae_component
 from wam.convert.wan import WAN, transformer_config, transformer_shapes
-from wam.files import write_json_atomic
 from wam.presets import get_preset
-from wam.pretrained import CONFIG, FORMAT, META, NORMALIZER
 from wam.shards import MemorySource, ShardReader, TensorSource
 
 PRESET = "dreamzero"
@@ -132,11 +129,9 @@ def convert(src: Path, dst: Path, options: Options) -> Report:
     fates = plan(source, components, where)
     report.add(source.told(fates) if isinstance(source, Merged) else fates)
     write(source, components, dst, options.max_bytes)
-    _tokenizer(src, dst, options, report)
-    save_config(config, dst / CONFIG)
-    write_json_atomic(dst / NORMALIZER, robot.normalizer.to_dict())
-    write_json_atomic(dst / META, _meta(robot, src, report))
-    report.save(dst)
+    if options.components == "include":
+        copy_tokenizer(src, dst, options.tokenizer, report)
+    write_policy(dst, config, robot.normalizer, _meta(robot, report), report)
     return report
 
 
@@ -242,22 +237,6 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _tokenizer(src: Path, dst: Path, options: Options, report: Report) -> None:
-    """The release has no tokenizer of its own: it takes google/umt5-xxl's, which is copied where it is at hand."""
-    if options.components == "reference":
-        return
-    if options.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(options.tokenizer).save_pretrained(dst / "tokenizer")
-    elif (src / "tokenizer").is_dir():
-        shutil.copytree(src / "tokenizer", dst / "tokenizer", dirs_exist_ok=True)
-    else:
-        report.notes.append(f"the release has no tokenizer: put google/umt5-xxl's files into {dst / 'tokenizer'}, or convert with --tokenizer google/umt5-xxl")
-
-
-def _meta(robot: Robot, src: Path, report: Report) -> dict[str, Any]:
-    versions = {"format": FORMAT, "wam_version": wam.__version__, "torch_version": torch.__version__, "step": 0}
-    facts = {"control_hz": robot.control_hz, "tasks": [], "converted_from": {"format": "dreamzero", "source": str(src)}, "prompt_template": robot.template}
+def _meta(robot: Robot, report: Report) -> dict[str, Any]:
     channels = {"state_keys": dict(robot.state_keys), "action_keys": dict(robot.action_keys), "relative_actions": list(robot.relative)}
-    return {**versions, **facts, **channels, **({"base_sha256": report.base_sha256} if report.base_sha256 else {})}
+    return {"control_hz": robot.control_hz, "tasks": [], "prompt_template": robot.template, **channels, **({"base_sha256": report.base_sha256} if report.base_sha256 else {})}
