@@ -187,6 +187,8 @@ def test_lora_is_merged_onto_its_base_and_no_other(tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
     with pytest.raises(ValueError, match="holds a whole checkpoint, no LoRA"):
         convert("dreamzero", other, tmp_path / "never", Options(**options))
+    with pytest.raises(ValueError, match="expected a DreamZero checkpoint as it was released, not a converted one"):
+        convert("dreamzero", src, tmp_path / "never", Options(**{**options, "base": tmp_path / "policy"}))
     with pytest.raises(ValueError, match="holds low-rank updates itself"):
         convert("dreamzero", src, tmp_path / "never", Options(**{**options, "base": src}))
 

@@ -183,7 +183,7 @@ def open_base(path: Path, is_wan: bool) -> View:
     """A base under DreamZero's names: a DreamZero checkpoint, or Wan's own.
 
     Raises:
-        ValueError: it is a LoRA checkpoint itself.
+        ValueError: it is a LoRA checkpoint itself, or none of DreamZero's.
     """
     if is_wan and path.is_dir() and any(path.glob("diffusion_pytorch_model*.safetensors*")):
         return canonical(ShardReader(path, "diffusion_pytorch_model"), MODEL)
@@ -191,7 +191,10 @@ def open_base(path: Path, is_wan: bool) -> View:
     if has_lora(reader):
         raise ValueError(f"--base {path} holds low-rank updates itself; convert it first, or name a merged checkpoint")
     raw = "patch_embedding.weight" in reader.names()
-    return canonical(reader, MODEL if raw else "")
+    base = canonical(reader, MODEL if raw else "")
+    if f"{MODEL}patch_embedding.weight" not in base.original:
+        raise ValueError(f"--base {path} has no tensor {MODEL}patch_embedding.weight; expected a DreamZero checkpoint as it was released, not a converted one")
+    return base
 
 
 def base_identity(base: TensorSource) -> str:
