@@ -117,7 +117,7 @@ def test_settings_that_cannot_work(override: str, message: str, refused: Refused
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"- a\n", "broken.yaml holds a list; expected sections with the keys collect, data"),
+        (b"- a\n", "broken.yaml holds a list; expected sections with the keys preset, collect, data"),
         (b"text\n", "broken.yaml holds a str"),
         (b"\xff\xfe\x00", "broken.yaml is not valid YAML"),
     ],
@@ -268,7 +268,7 @@ def change(path: Path, old: str, new: str) -> None:
         ("normalizer.json", partial(cut, size=9), "normalizer.json is not valid JSON"),
         ("normalizer.json", partial(change, old='"keys"', new='"kees"'), "normalizer.json lacks keys"),
         ("config.yaml", partial(change, old="layers: 2", new="layers: 3"), "model.safetensors does not match"),
-        ("config.yaml", partial(change, old="action_dim: 4", new="action_dim: 7"), "action_encoder.embed.weight: checkpoint (1, 4, 48), config (1, 7, 48)"),
+        ("config.yaml", partial(change, old="action_dim: 4", new="action_dim: 7"), "tensor 'action_encoder.embed.weight' has shape [1, 4, 48], expected [1, 7, 48]"),
         ("config.yaml", partial(change, old="embodiment: metaworld", new="embodiment: franka"), "data.embodiment is 'franka'"),
     ],
 )
