@@ -442,6 +442,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", metavar="HxW", type=_size, help="pixels the model sees, where they are not the published ones")
     parser.add_argument("--tokenizer", metavar="DIR|ID", help="tokenizer of the text encoder, where the release has none, e.g. google/umt5-xxl")
     parser.add_argument("--variant", metavar="NAME", help="fast-wam: base, joint or idm, which have the same tensors")
+    parser.add_argument("--head-dim", metavar="N", type=int, help="fast-wam: numbers in an attention head, which its file does not say (default: 128)")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -10,20 +10,33 @@ A file does not say which of the three variants it is (base, joint and idm have 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from wam.config import Config, from_dict
 from wam.config_tree import overlay
 from wam.convert.keys import ROW, TRANSPOSED, KeyMap, Rule, Unused
+from wam.convert.options import Options
+from wam.convert.policy_folder import frozen_parts, network, unscaled, write_policy
+from wam.convert.report import Report, plan, write
 from wam.convert.wan import HEAD_DIM, WAN
+from wam.data.normalize import Method, Normalizer, Statistics
 from wam.presets import get_preset
+from wam.shards import ShardReader
 
 Shapes = Mapping[str, tuple[int, ...]]
 VIDEO, ACTION, PROPRIO = "mixtures.video.", "mixtures.action.", "proprio_encoder."
 VARIANTS = {"base": "fast_wam", "joint": "fast_wam_joint", "idm": "fast_wam_idm"}  # our presets
 LATENTS, ACTIONS, STRIDE, TOKENS = 2, 32, 4, 128  # of the published models: 32 control steps, a frame every 4th; 128 tokens of text
 PUBLISHED = {7: ("libero", (224, 448)), 14: ("robotwin", (384, 320))}  # by action width: embodiment, image height and width (views side by side)
+METHODS: dict[str, Method] = {"libero": "min_max", "robotwin": "mean_std"}  # how each was normalised
+CONTROL_HZ = {"libero": 20.0}
+TEMPLATE = "A video recorded from a robot's point of view executing the following instruction: {instruction}"
+ENDS: dict[str, tuple[str, str]] = {"min_max": ("global_min", "global_max"), "mean_std": ("global_mean", "global_std")}  # fields of the statistics beside a published file
 
 _LINEARS = ((f"{ACTION}action_encoder", "action_encoder.embed"), (f"{ACTION}head", "action_decoder.out"), ("proprio_encoder", "state_encoder.embed"))
 KEYS = WAN.within(VIDEO, "backbone.") + WAN.within(ACTION, "expert.")
@@ -59,7 +72,7 @@ def model_config(shapes: Shapes, variant: str, head_dim: int = HEAD_DIM, above: 
         "preset": VARIANTS[variant],
         "timeline": {"blocks": 1, "latents_per_block": LATENTS, "actions_per_block": ACTIONS, "frame_stride": STRIDE, "history": 1},
         "codec": {"kind": "wan", "channels": channels, "patch": 16, "image_size": list(image_size)},
-        "text": {"kind": "umt5", "width": _shape(shapes, VIDEO + "text_embedding.0.weight")[1], "max_tokens": TOKENS},
+        "text": {"kind": "umt5", "width": _shape(shapes, VIDEO + "text_embedding.0.weight")[1], "max_tokens": TOKENS, "template": TEMPLATE},
         "data": {"embodiment": robot},
         "model": {
             "layers": sum(name.startswith(VIDEO + "blocks.") and name.endswith(".modulation") for name in shapes),
@@ -75,6 +88,59 @@ def model_config(shapes: Shapes, variant: str, head_dim: int = HEAD_DIM, above: 
         },
     }
     return from_dict(Config, overlay(Config, get_preset(VARIANTS[variant]), overlay(Config, tree, dict(above or {}))))
+
+
+def convert(src: Path, dst: Path, options: Options) -> Report:
+    """A published file (`*.pt`, or the same tensors as safetensors) to a policy folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, a tensor that is missing, unexpected or of another shape (named), or statistics that do not fit.
+    """
+    report, variant = Report("fast-wam", str(src)), options.variant or "base"
+    if options.variant is None:
+        report.notes.append("variant: base; a file does not say which it is: --variant joint or idm, if it is one of those")
+    with ShardReader(src) as source:
+        shapes = {name.removeprefix("mot."): source.shape(name) for name in source.names()}
+        above, _ = frozen_parts(None, options.reference, options.components == "include", report)
+        above |= {"codec": above["codec"] | ({"image_size": list(options.image_size)} if options.image_size else {})}
+        above["text"] |= {"template": options.prompt_template} if options.prompt_template else {}
+        config = model_config(shapes, variant, options.head_dim or HEAD_DIM, above)
+        normalizer = _statistics(src, config, report)
+        component = network(config, file_keys())
+        report.add(plan(source, [component], str(src)))
+        write(source, [component], dst, options.max_bytes)
+    robot = config.data.embodiment
+    write_policy(dst, config, normalizer, report, {"control_hz": options.control_hz or CONTROL_HZ.get(robot), "variant": variant})
+    return report
+
+
+def _statistics(src: Path, config: Config, report: Report) -> Normalizer:
+    """Of the `NAME_dataset_stats.json` beside NAME.pt: per key of states and actions, joined in their order."""
+    robot = config.model.embodiments[0]
+    dims = {"state": robot.state_dim, "action": robot.action_dim}
+    found = next((path for path in (src.with_name(f"{src.stem}_dataset_stats.json"), src.with_name("dataset_stats.json")) if path.is_file()), None)
+    if found is None:
+        report.notes.append(f"no {src.stem}_dataset_stats.json beside {src.name}: states and actions are not normalised, and are what the network takes and gives")
+        return Normalizer("min_max", None, {kind: unscaled(dim) for kind, dim in dims.items()})
+    method = METHODS.get(robot.name, "min_max")
+    try:
+        tree = json.loads(found.read_text())
+        ends = {kind: [np.concatenate([np.asarray(entry[end], np.float64) for entry in tree[kind].values()]) for end in ENDS[method]] for kind in dims}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{found} is damaged or lacks {error}; expected {{state, action: {{key: {{{', '.join(ENDS[method])}}}}}}}: download it again") from error
+    for kind, (first, second) in ends.items():
+        if first.shape != (dims[kind],) or second.shape != first.shape:
+            raise ValueError(f"{found} has {list(first.shape)} and {list(second.shape)} numbers for {kind}s; expected {dims[kind]} each: is it of another robot?")
+    report.notes.append(f"statistics: {found.name}, {method}")
+    return Normalizer(method, None, {kind: _scaled(method, *pair) for kind, pair in ends.items()})
+
+
+def _scaled(method: str, first: np.ndarray, second: np.ndarray) -> Statistics:
+    """Least and greatest to -1..1, or mean and deviation to 0 and 1; channels that do not move are only centred."""
+    center, scale = ((first + second) / 2, (second - first) / 2) if method == "min_max" else (first, second)
+    still = scale <= 0
+    return Statistics(tuple(center.tolist()), tuple(np.where(still, 1.0, scale).tolist()), tuple(np.flatnonzero(still).tolist()))
 
 
 def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:

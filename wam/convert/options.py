@@ -26,6 +26,7 @@ class Options:
         image_size: height and width in pixels of what the model sees, where they are not the published ones.
         tokenizer: folder or Hub id of the text encoder's tokenizer, where a release has none.
         variant: which of several models with the same tensors, where a release does not say.
+        head_dim: numbers in an attention head, where weights do not tell and a release does not say; default: 128, as in every released Wan.
         max_bytes: largest shard written.
     """
 
@@ -41,4 +42,5 @@ class Options:
     image_size: tuple[int, int] | None = None
     tokenizer: str | None = None
     variant: str | None = None
+    head_dim: int | None = None
     max_bytes: float = SHARD_BYTES

@@ -14,7 +14,6 @@ from wam.convert.report import Component, plan, shapes
 from wam.model.wam import WorldActionModel
 from wam.shards import MemorySource, load_into
 
-TEXT = "text."  # the embedded text encoder: cases bring their own embeddings, so it is there and not used
 CODEC_PATCH = 16  # pixels a latent is wide; cases bring latents, so only the ratio matters
 
 
@@ -22,7 +21,7 @@ def outside(channels: int, latent_size: tuple[int, int], text_width: int, tokens
     """The parts of a config around the network, for a case that brings latents and text embeddings."""
     return {
         "codec": {"kind": "wan", "channels": channels, "patch": CODEC_PATCH, "image_size": [side * CODEC_PATCH for side in latent_size]},
-        "text": {"kind": "bytes", "width": text_width, "max_tokens": tokens, "layers": 1, "heads": 1},
+        "text": {"kind": "umt5", "width": text_width, "max_tokens": tokens},  # stands outside of the weights, and is not needed
     }
 
 
@@ -33,11 +32,10 @@ def build(config: Config, weights: Mapping[str, Tensor], keys: KeyMap, where: st
         ValueError: the weights do not fit the config; names the tensor.
     """
     model = WorldActionModel(config)
-    text = [name for name in model.state_dict() if name.startswith(TEXT)]
-    component = Component("the network", keys, {name: shape for name, shape in shapes(model).items() if name not in text})
+    component = Component("the network", keys, shapes(model))
     fates = plan(MemorySource(weights), [component], where)
     converted = {target: tensor.contiguous() for name, weight in weights.items() for target, tensor in keys.apply(name, weight).items()}
-    load_into(model, MemorySource(converted), what=where, ignore=text)
+    load_into(model, MemorySource(converted), what=where)
     return model.eval(), tuple(fate.source for fate in fates if fate.fate == "unused")
 
 

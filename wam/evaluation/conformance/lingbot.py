@@ -78,7 +78,8 @@ def _network(case: Case, frames: int) -> tuple[WorldActionModel, tuple[str, ...]
     above = {
         **outside(case.field(int, "config", "in_channels"), size, case.field(int, "config", "text_dim"), case.field(int, "job", "text_len")),
         "timeline": {"latents_per_block": frames, "actions_per_block": frames * per_frame, "frame_stride": None, "history": lingbot_va.history(case.field(int, "job", "attn_window"))},
-        "model": {"embodiments": [{"name": "robotwin", "state_dim": 1, "action_dim": len(channels), "action_channels": channels}]},
+        "data": {"embodiment": "robot"},
+        "model": {"embodiments": [{"name": "robot", "state_dim": 1, "action_dim": len(channels), "action_channels": channels}]},
         "noise": {"video": {"shift": case.field(float, "job", "snr_shift")}, "action": {"shift": case.field(float, "job", "action_snr_shift")}},
     }
     config = lingbot_va.model_config(released, above)
