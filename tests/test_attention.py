@@ -83,7 +83,7 @@ def test_eager_is_softmax_attention(mask: str, batch: int, queries: int, keys: i
 @forms
 @batches
 @lengths
-@pytest.mark.parametrize("backend,dtype,tolerance", [("sdpa", torch.float64, 1e-12), ("sdpa", torch.float32, 1e-5), ("eager", torch.float32, 1e-5), ("auto", torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("backend,dtype,tolerance", [("sdpa", torch.float64, 1e-12), ("sdpa", torch.float32, 1e-5), ("eager", torch.float32, 1e-5), ("eager", torch.bfloat16, 4e-2), ("sdpa", torch.bfloat16, 4e-2)])
 def test_values_and_gradients_on_cpu(backend: str, dtype: torch.dtype, tolerance: float, mask: str, batch: int, queries: int, keys: int) -> None:
     inputs = [x.to(dtype) for x in tensors(batch, queries, keys)]
     seen = MASKS[mask](batch, queries, keys)
@@ -112,6 +112,14 @@ def test_block_mask_is_the_dense_mask() -> None:
     inputs = [x.float() for x in tensors(batch, queries, keys)]
     for mask in (ours, theirs):
         torch.testing.assert_close(attention(*inputs, mask), attention(*inputs, dense), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_bf16,chosen", [(True, "eager"), (False, "sdpa")])
+def test_auto_writes_bf16_products_out_only_where_that_is_fast(has_bf16: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wam.model.attention._cpu_multiplies_bf16", lambda: has_bf16)
+    inputs = [x.bfloat16() for x in tensors(1, 40, 40)]
+    assert not torch.equal(attention(*inputs, None, "eager"), attention(*inputs, None, "sdpa"))  # they round differently
+    assert torch.equal(attention(*inputs), attention(*inputs, None, chosen))
 
 
 def test_layout_of_what_goes_in_does_not_matter() -> None:

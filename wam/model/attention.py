@@ -5,12 +5,10 @@ queries gets exactly the keys it may see, so there is nothing to mask (see `wam.
 
     backend    None  dense  BlockMask   runs on                        what it is for
     sdpa        x      x                everything                     the default; fused, masked or not
-    eager       x      x                everything                     the products written out: bf16 on CPUs, and the reference in tests
+    eager       x      x                everything                     the products written out: bf16 on CPUs that have instructions for it
     flex        x      x        x       CUDA; CPU without gradients    skips the tiles of 128 x 128 scores that nobody may see
     xformers    x      x                CUDA                           a mask becomes a dense bias
     flash       x                       CUDA, 16 bits                  no mask
-
-A dense mask is True where a query may attend, and every query must see at least one key.
 """
 
 from __future__ import annotations
@@ -38,8 +36,8 @@ def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Mask = None,
     """Softmax attention; layout (B, L, H, D) as in diffusers, of views or contiguous tensors alike.
 
     Args:
-        mask: bool, broadcastable to (B, H, L, S), or a BlockMask (see `block_mask`).
-        backend: one of the table above; `auto` takes `flex` for a BlockMask, `eager` for bf16 on CPUs, and `sdpa` otherwise.
+        mask: bool, broadcastable to (B, H, L, S), or a BlockMask (see `block_mask`); True where a query may attend, which is somewhere for each.
+        backend: one of the table above; `auto` takes `flex` for a BlockMask, `eager` for bf16 on such CPUs, and `sdpa` otherwise.
 
     Returns:
         (B, L, H, D), in the dtype of `v`.
@@ -66,21 +64,25 @@ def block_mask(mask: Tensor) -> BlockMask:
     tiles = F.pad(mask_BHLS, (0, -keys % TILE, 0, -queries % TILE)).unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
     seen = tiles.sum(dim=(-3, -1), dtype=torch.int32)  # (B, H, L / TILE, S / TILE)
 
-    def of_tiles(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """How many key tiles are chosen for each query tile, and which: the chosen ones first."""
+    def of_tiles(chosen: Tensor) -> tuple[Tensor, Tensor]:  # for each query tile: how many key tiles are chosen, and which, these first
         return chosen.sum(dim=-1, dtype=torch.int32), chosen.int().argsort(dim=-1, descending=True, stable=True).int()
 
     def allow(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return mask_BHLS[b % batch, h % heads, q, k]
+        return mask_BHLS[b % batch, h % heads, q, k]  # asked for each score of a tile that is neither full nor empty
 
-    full = seen == TILE * TILE  # the rest of what is seen asks `allow` for each score
+    full = seen == TILE * TILE
     return BlockMask.from_kv_blocks(*of_tiles((seen > 0) & ~full), *of_tiles(full), BLOCK_SIZE=TILE, mask_mod=allow, seq_lengths=(queries, keys))
 
 
 def _choose(q: Tensor, mask: Mask) -> str:
-    if isinstance(mask, BlockMask):
-        return "flex"
-    return "eager" if q.device.type == "cpu" and q.dtype == torch.bfloat16 else "sdpa"
+    written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and _cpu_multiplies_bf16()
+    return "flex" if isinstance(mask, BlockMask) else "eager" if written_out else "sdpa"
+
+
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    """The fused kernel is slow in bf16 on CPUs with instructions for it, and written-out products are slower still on those without."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -137,8 +139,7 @@ def _import(backend: str, module: str) -> Any:
 
 def _need_cuda(backend: str, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if q.device.type != "cuda" or q.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"attention backend {backend!r} got {q.dtype} on {q.device.type}, but computes {names} on cuda; use 'sdpa' for everything else")
+        raise ValueError(f"attention backend {backend!r} got {q.dtype} on {q.device.type}, but computes {', '.join(map(str, dtypes))} on cuda; use 'sdpa' for everything else")
 
 
 def _aligned(x: Tensor) -> Tensor:
