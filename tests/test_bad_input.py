@@ -268,7 +268,7 @@ def change(path: Path, old: str, new: str) -> None:
         ("normalizer.json", partial(cut, size=9), "normalizer.json is not valid JSON"),
         ("normalizer.json", partial(change, old='"keys"', new='"kees"'), "normalizer.json lacks keys"),
         ("config.yaml", partial(change, old="layers: 2", new="layers: 3"), "model.safetensors does not match"),
-        ("config.yaml", partial(change, old="action_dim: 4", new="action_dim: 7"), "tensor 'action_encoder.embed.weight' has shape [1, 4, 48], expected [1, 7, 48]"),
+        ("config.yaml", partial(change, old="action_dim: 4", new="action_dim: 7"), "tensor 'action_decoder.out.bias' has shape [1, 4], expected [1, 7]"),
         ("config.yaml", partial(change, old="embodiment: metaworld", new="embodiment: franka"), "data.embodiment is 'franka'"),
     ],
 )

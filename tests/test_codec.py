@@ -29,6 +29,18 @@ def test_a_stream_equals_one_shot() -> None:
     assert torch.equal(torch.cat(parts, dim=2), codec.encode(video))
 
 
+def test_a_decoder_stream_equals_one_shot_and_rows_go_on_alone() -> None:
+    codec, video = _fitted(), _clip(13)
+    latents = codec.encode(video)
+    stream, encoder = codec.stream_decoder(), codec.stream()
+    first = stream.decode(latents[:, :, :2])
+    encoder.encode(video[:, :5])
+    alone, ahead = stream.select([1]), encoder.select([1])
+    assert torch.equal(torch.cat([first[1:], alone.decode(latents[1:, :, 2:])], dim=1), codec.decode(latents)[1:])
+    assert torch.equal(ahead.encode(video[1:, 5:]), latents[1:, :, 2:])
+    assert torch.equal(stream.decode(latents[:, :, 2:]), codec.decode(latents)[:, 5:])
+
+
 def test_the_future_does_not_change_what_was_encoded() -> None:
     codec, video = _fitted(), _clip(9)
     changed = video.clone()

@@ -215,7 +215,7 @@ def test_adapters_train_and_come_back_on_their_base(folders: dict[str, Path], tm
 
 
 def test_adapters_resume_to_the_bit_dropout_included(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _training("ti2v", folders["ti2v"], "model.lora={rank: 2, dropout: 0.5}", "training.steps=3", "training.validate_every=3")
+    config = _training("ti2v", folders["ti2v"], "model.lora={rank: 2, dropout: 0.5}", "model.gradient_checkpointing=true", "training.steps=3", "training.validate_every=3")
     train(config, tmp_path / "whole")
     real, calls = loop._Run._step, []
 
