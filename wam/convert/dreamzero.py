@@ -11,7 +11,8 @@ A LoRA checkpoint holds only what was trained; it is merged onto its base first 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from wam.convert.dreamzero_lora import Merged, canonical, has_lora, is_lora_only
 from wam.convert.dreamzero_robot import NEGATIVE_PROMPT, Robot, read_robot
 from wam.convert.keys import KeyMap, Rule
 from wam.convert.options import Options
-from wam.convert.policy import copy_tokenizer, write_policy
+from wam.convert.policy_folder import TOKENIZER, write_policy
 from wam.convert.report import Component, Report, Shape, plan, write
 from wam.convert.umt5 import umt5_component
 from wam.convert.vae import vae_component
@@ -130,8 +131,8 @@ def convert(src: Path, dst: Path, options: Options) -> Report:
     report.add(source.told(fates) if isinstance(source, Merged) else fates)
     write(source, components, dst, options.max_bytes)
     if options.components == "include":
-        copy_tokenizer(src, dst, options.tokenizer, report)
-    write_policy(dst, config, robot.normalizer, _meta(robot, report), report)
+        _tokenizer([src, *([options.base] if options.base else [])], dst, options.tokenizer, report)
+    write_policy(dst, config, robot.normalizer, report, _meta(robot, report))
     return report
 
 
@@ -237,6 +238,19 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _tokenizer(folders: Sequence[Path], dst: Path, named: str | None, report: Report) -> None:
+    """The text encoder's: the one that is named, or one that lies beside the weights; the release itself has none, it takes google/umt5-xxl's."""
+    found = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_dir()), None)
+    if named is not None:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(named).save_pretrained(dst / TOKENIZER)
+    elif found is not None:
+        shutil.copytree(found, dst / TOKENIZER, dirs_exist_ok=True)
+    else:
+        report.notes.append(f"the release has no tokenizer: put google/umt5-xxl's files into {dst / TOKENIZER}, or convert with --tokenizer google/umt5-xxl")
+
+
 def _meta(robot: Robot, report: Report) -> dict[str, Any]:
     channels = {"state_keys": dict(robot.state_keys), "action_keys": dict(robot.action_keys), "relative_actions": list(robot.relative)}
-    return {"control_hz": robot.control_hz, "tasks": [], "prompt_template": robot.template, **channels, **({"base_sha256": report.base_sha256} if report.base_sha256 else {})}
+    return {"control_hz": robot.control_hz, "prompt_template": robot.template, **channels, **({"base_sha256": report.base_sha256} if report.base_sha256 else {})}
