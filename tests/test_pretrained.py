@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 from tiny_wan import transformer, wan_config, write_pipeline
 
+from wam.codec.codec import make_codec
 from wam.codec.linear import LinearCodec
 from wam.config import Config, load_config
 from wam.inference.session import Session
@@ -114,8 +115,6 @@ def test_new_parts_come_from_the_seed_and_the_expert_from_the_video(folders: dic
 
 
 def test_codec_and_text_of_another_size_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
-    from wam.codec.codec import make_codec
-
     config = wan_config("ti2v", folders["ti2v"])
     with pytest.raises(ValueError, match=r"codec\.channels is 5, but the VAE's z_dim is 6; set codec\.channels=6"):
         make_codec(replace(config.codec, channels=5))
@@ -239,10 +238,15 @@ def _wrapped(name: str) -> str:
     return f"{path}.base_layer.{last}"
 
 
-def test_a_frozen_backbone_is_held_in_bfloat16_where_it_computes_in_it(folders: dict[str, Path]) -> None:
+def test_a_frozen_backbone_is_held_in_bfloat16_where_it_computes_in_it(folders: dict[str, Path], tmp_path: Path) -> None:
     config = _training("ti2v", folders["ti2v"], "model.lora={rank: 2}", "training.precision=bf16")
     model = build_model(config, "cpu", make_text(config.text))
     dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
     assert dtypes == {False: torch.bfloat16, True: torch.float32}
+    meta = {"control_hz": 80}
+    codec = make_codec(config.codec)
+    save_pretrained(Policy(config, model, codec, CLIPPING, meta, None), tmp_path)
+    again = from_pretrained(tmp_path)  # as it was held, whichever type the base is stored in
+    assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
     whole = model_from_backbone(lambda c, b: WorldActionModel(c, b, None), folders["ti2v"], config, dtype=torch.bfloat16)
     assert {p.dtype for p in whole.parameters()} == {torch.bfloat16}

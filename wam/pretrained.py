@@ -30,7 +30,7 @@ from wam.codec.wan import WanCodec
 from wam.config import Config, load_config, save_config
 from wam.files import write_json_atomic
 from wam.model.loading import local_folder, model_from_backbone
-from wam.model.lora import apply_lora, base_identity, base_name, has_lora, is_adapter, load_adapter, merge_lora, save_adapter, trainable
+from wam.model.lora import apply_lora, base_dtype, base_identity, base_name, has_lora, is_adapter, load_adapter, merge_lora, save_adapter, trainable
 from wam.model.wam import WorldActionModel
 from wam.shards import SHARD_BYTES, ShardReader, ShardWriter, build_empty, load_into
 from wam.text.cache import CachedText
@@ -124,7 +124,7 @@ def _save_adapter(policy: Policy, directory: Path, tensors: dict[str, Tensor]) -
     adapters = {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items() if is_adapter(name)}
     rest = {base_name(name): tensor for name, tensor in tensors.items() if not is_adapter(name)}
     base = base_identity(policy.model, _of_backbone(rest))
-    save_adapter(directory / ADAPTER, adapters, lora, base, pretrained)
+    save_adapter(directory / ADAPTER, adapters, lora, base, pretrained, policy.model.backbone.dtype)
     return rest
 
 
@@ -151,7 +151,8 @@ def from_pretrained(path_or_repo: str | Path, device: str = "cpu", dtype: torch.
 
     Args:
         path_or_repo: a checkpoint's folder, or a Hub id.
-        dtype: of the model's weights; default: as stored, or the backbone's where other parts were kept more exactly.
+        dtype: of the model's weights; default: as stored, or the backbone's where other parts were kept more exactly; under adapters, as the
+            backbone was held in training.
 
     Raises:
         FileNotFoundError: not a checkpoint directory, or a pretrained part that cannot be had; says which file is missing.
@@ -168,12 +169,11 @@ def from_pretrained(path_or_repo: str | Path, device: str = "cpu", dtype: torch.
         raise ValueError(f"{directory / WEIGHTS} cannot be read ({error}); the file is damaged or incomplete: copy or train it again") from error
     text = None if config.text.kind == "bytes" else make_text(config.text, directory, meta.get("text_space"))
     with reader:
-        dtype = dtype or _stored_dtype(reader)
         if (directory / ADAPTER).is_dir():
-            model, config = _on_its_base(directory, config, reader, text, device, dtype)
+            model, config = _on_its_base(directory, config, reader, text, device, dtype or base_dtype(directory / ADAPTER))
         else:
             model = build_empty(lambda: WorldActionModel(config, text=text))
-            _load(model, reader, MODEL, directory, device, dtype)
+            _load(model, reader, MODEL, directory, device, dtype or _stored_dtype(reader))
         codec = make_codec(config.codec, directory)
         if isinstance(codec, LinearCodec):
             _load(codec, reader, CODEC, directory, device, None)
@@ -202,12 +202,11 @@ def _check_format(directory: Path, meta: dict[str, Any]) -> None:
         raise ValueError(f"{directory / META} has format {meta['format']!r}; this version reads {FORMAT!r}")
 
 
-def _on_its_base(directory: Path, config: Config, reader: ShardReader, text: Text | None, device: str, dtype: torch.dtype | None) -> tuple[WorldActionModel, Config]:
+def _on_its_base(directory: Path, config: Config, reader: ShardReader, text: Text | None, device: str, dtype: torch.dtype) -> tuple[WorldActionModel, Config]:
     """A backbone from where the config says, with the checkpoint's adapters merged into it, and the parts that were trained in full."""
     if config.model.lora is None or config.model.pretrained is None:
         raise ValueError(f"{directory} holds adapters, but {CONFIG} says model.lora {config.model.lora} and model.pretrained {config.model.pretrained}; name the backbone they were trained on")
     model = model_from_backbone(lambda c, backbone: WorldActionModel(c, backbone, text), config.model.pretrained, config, dtype, device)
-    dtype = model.backbone.dtype
     full = _of_backbone(name.removeprefix(MODEL) for name in reader.names())
     apply_lora(model, config.model.lora, also=full)
     load_adapter(model, directory / ADAPTER, trained=full)

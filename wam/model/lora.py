@@ -116,15 +116,26 @@ def base_identity(model: Any, trained: Iterable[str] = ()) -> str:
 # ------------------------------------------------------------------------------------------------ on disk
 
 
-def save_adapter(directory: Path, tensors: dict[str, Tensor], config: LoraConfig, base: str, pretrained: str | None) -> None:
-    """Write adapters (backbone's names to tensors) with the hash of the weights they belong to; weights last."""
+def save_adapter(directory: Path, tensors: dict[str, Tensor], config: LoraConfig, base: str, pretrained: str | None, dtype: torch.dtype = torch.float32) -> None:
+    """Write adapters (backbone's names to tensors) with the hash of the weights they belong to, and the type those were held in; weights last."""
     described = {
         **{"format": FORMAT, "peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout},
         **{"target_modules": list(config.targets), "base_model_name_or_path": pretrained, "base_sha256": base},
+        "base_dtype": str(dtype).removeprefix("torch."),
     }
     write_json_atomic(directory / CONFIG, described)
     with atomic_path(directory / WEIGHTS) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+
+
+def base_dtype(directory: Path) -> torch.dtype:
+    """The type that an adapter's base was held in when it was trained.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_adapter`.
+    """
+    described, _ = read_adapter(directory)
+    return torch.bfloat16 if described.get("base_dtype") == "bfloat16" else torch.float32
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
