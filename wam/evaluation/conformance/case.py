@@ -116,7 +116,7 @@ def _read_spec(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format {spec['format']!r}; this version reads {FORMAT!r}")
     missing = [key for key in ("case", "config", "inputs", "outputs", "tensor_count", "safetensors_sha256") if key not in spec]
     if missing:
-        raise ValueError(f"{path} has no field {', '.join(missing)}; the file is damaged: copy the pair again")
+        raise ValueError(f"{path} is not a conformance case, or damaged: it has no field {', '.join(missing)}; give the JSON that lies beside a .safetensors of the same name")
     return spec
 
 

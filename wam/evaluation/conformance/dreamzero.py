@@ -92,6 +92,8 @@ def _config(case: Case, shapes: dict[str, tuple[int, ...]]) -> Config:
     window = case.spec.get("local_attn_size", -1)
     if settings.get("sink_size", 0) != 0 or (window != -1 and window < frames):
         raise ValueError(f"{case.path}: local_attn_size {window} and sink_size {settings.get('sink_size')} with {frames} frames; only a window that holds them all is known here")
+    if settings.get("eps", 1e-6) != 1e-6:
+        raise ValueError(f"{case.path}: config.eps is {settings['eps']}; only 1e-06 is known here")
     around = outside(channels, size, case.field(int, "config", "text_dim"), case.field(int, "config", "text_len"))
     states = case.field(int, "config", "num_state_per_block")
     timeline = {"blocks": blocks, "history": blocks, "frame_stride": None} | ({"states_per_block": states} if states != 1 else {})
