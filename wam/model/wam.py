@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from wam.config import Config
 from wam.flow import TIMESTEPS, velocity_from_sample
 from wam.model.actions import ActionDecoder, ActionEncoder, StateEncoder, channel_masks
-from wam.model.attention import attention
+from wam.model.attention import Mask, attention
 from wam.model.backbone import Attend, Backbone, Context, Levels, Modulation, initialise
 from wam.model.cache import KVCache
 from wam.model.conditions import Conditions
@@ -35,10 +35,14 @@ from wam.model.expert import Expert, TimeEmbedder, run_both
 from wam.model.loading import model_from_backbone
 from wam.model.rotary import Rotary
 from wam.model.view import View, make_view
+from wam.model.window_mask import WindowMask
 from wam.relations import Relations, RelationTable
 from wam.text.bytes import ByteText
 from wam.text.text import Text
 from wam.timeline import FIRST_BLOCK, VIDEO_KINDS, Clock, Kind, Layout, Parts, training_layout
+
+
+TrainingMask = WindowMask | Mask
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,8 @@ class WorldActionModel(nn.Module):
             if not backbone.proj_out.weight.is_meta:
                 initialise(backbone, config.training.seed)
         self.backbone = backbone
-        self.backbone.gradient_checkpointing = m.gradient_checkpointing
+        if m.gradient_checkpointing:
+            self.backbone.enable_gradient_checkpointing()
         self.text = ByteText(config.text) if config.text.kind == "bytes" else text
         self.expert = Expert(m.expert_width, m.expert_ffn_dim or 4 * m.expert_width, backbone) if m.expert_width else None
         self.action_time = TimeEmbedder(backbone.width, m.freq_dim) if m.action_time == "own" and not m.expert_width else None
@@ -301,11 +306,11 @@ class WorldActionModel(nn.Module):
         m = self.config.model
         return training_layout(self.clock, blocks, Parts(m.goal_image, self.config.training.predict_first_frame, m.state == "token"))
 
-    def forward_train(self, window: Window, conditions: Conditions, mask: Any, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+    def forward_train(self, window: Window, conditions: Conditions, mask: TrainingMask, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         """Velocities of the noisy video and actions of a whole window.
 
         Args:
-            mask: what attends to what among the layout's tokens: bool (B or 1, 1, L, L), a flex `BlockMask`, or None for everything.
+            mask: what attends to what among the layout's tokens: in parts (`WindowMask`), bool (B or 1, 1, L, L), a flex `BlockMask`, or None for everything.
             layout: default: `training_layout` of the window's blocks; a smaller one leaves out tokens that nothing supervised sees.
 
         Returns:
@@ -320,7 +325,7 @@ class WorldActionModel(nn.Module):
 
     forward = forward_train  # what a wrapper (DDP, DeepSpeed, FSDP) calls, so that its hooks run
 
-    def hidden_train(self, window: Window, conditions: Conditions, mask: Any, layout: Layout) -> Hidden:
+    def hidden_train(self, window: Window, conditions: Conditions, mask: TrainingMask, layout: Layout) -> Hidden:
         """Every token of a training window after the last block; heads may read any of them."""
         video = self._stream(*self._embed_window_video(window, conditions, layout), conditions, video=True)
         action = self._stream(*self._embed_window_actions(window, layout), conditions, video=False)
@@ -328,7 +333,8 @@ class WorldActionModel(nn.Module):
         backend = self.config.model.attention
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(rotary.rotate(q), rotary.rotate(k), v, mask, backend)
+            q, k = rotary.rotate(q), rotary.rotate(k)
+            return mask.attend(q, k, v, backend) if isinstance(mask, WindowMask) else attention(q, k, v, mask, backend)
 
         return self.run(video, action, lambda layer: attend)
 

@@ -22,7 +22,8 @@ from wam.config import Config
 from wam.flow import SMALLEST_SIGMA, TIMESTEPS, add_noise, uniform, velocity_target
 from wam.model.actions import pad_actions, pad_states
 from wam.model.conditions import Conditions
-from wam.model.wam import Window, WorldActionModel
+from wam.model.wam import TrainingMask, Window, WorldActionModel
+from wam.model.window_mask import window_mask
 from wam.relations import Mode, Reach, block_mask
 from wam.text.text import prompts
 from wam.timeline import VIDEO_KINDS, Kind, Layout
@@ -103,7 +104,8 @@ class Objective:
         self.reach = Reach.of(config.timeline)
         self.layout = needed(model.training_layout(config.timeline.blocks), self.modes, self.reach)
         self.flex = config.model.attention == "flex"
-        self.masks_MLL = torch.stack([m.table.dense(self.layout, self.reach) for m in self.modes]).to(model.device)
+        self.dense_MLL = torch.stack([m.table.dense(self.layout, self.reach) for m in self.modes]).to(model.device)
+        self.parts = window_mask(self.dense_MLL, self.layout)
 
     def __call__(self, batch: dict[str, Any], generator: torch.Generator, mode: str | None = None) -> Losses:
         """Losses of a collated batch; modes are drawn from the config unless one is given."""
@@ -132,21 +134,20 @@ class Objective:
         weight = level_weights(self.config.noise.video, sigma_BF)
         return weight if self.config.model.video_head == "velocity" else weight * sigma_BF.clamp_min(SMALLEST_SIGMA).square()
 
-    def _mask(self, chosen: list[int], generator: torch.Generator) -> Any:
-        """Each sample's mode, (B, 1, L, L) or for flex attention; some samples go without states, some without a goal."""
-        t, kinds_L = self.config.training, self.layout.kinds_L
-        without_state = uniform((len(chosen), 1), generator) < t.state_dropout
-        hidden = without_state.cpu() & (kinds_L == int(Kind.S))
+    def _mask(self, chosen: list[int], generator: torch.Generator) -> TrainingMask:
+        """Each sample's mode; some samples go without states, some without a goal."""
+        t, kinds_L, device = self.config.training, self.layout.kinds_L, self.model.device
+        hidden = (uniform((len(chosen), 1), generator) < t.state_dropout).cpu() & (kinds_L == int(Kind.S))
         if self.config.model.goal_image:
             hidden |= (uniform((len(chosen), 1), generator) >= t.goal_image).cpu() & (kinds_L == int(Kind.G))
-        device = self.model.device
         if self.flex:
             return block_mask([self.modes[i].table for i in chosen], self.layout, self.reach, hidden, device)
-        masks = self.masks_MLL[torch.tensor(chosen, device=device)]
-        if bool(hidden.any()):
-            itself = torch.eye(len(kinds_L), dtype=torch.bool, device=device)
-            masks = masks & (~hidden.to(device).unsqueeze(1) | itself)
-        return masks.unsqueeze(1)
+        rows = torch.tensor(chosen, device=device)
+        if self.parts is not None:
+            parts = self.parts.select(rows)
+            return parts.hide(hidden.to(device)) if bool(hidden.any()) else parts
+        itself = torch.eye(len(kinds_L), dtype=torch.bool, device=device)
+        return (self.dense_MLL[rows] & (~hidden.to(device).unsqueeze(1) | itself)).unsqueeze(1)
 
     def _window(self, batch: dict[str, Any], levels: LevelDraw, generator: torch.Generator) -> tuple[Window, Tensor, Tensor]:
         device, before = self.model.device, self.config.timeline.first_frame == "before"
