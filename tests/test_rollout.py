@@ -21,7 +21,7 @@ import torch
 from tiny import tiny_config, tiny_model
 
 from wam.codec.linear import LinearCodec
-from wam.config import RolloutConfig
+from wam.config import RolloutConfig, SamplingConfig
 from wam.data.normalize import Normalizer
 from wam.evaluation import baselines
 from wam.evaluation import rollout as rollout_module
@@ -30,7 +30,6 @@ from wam.evaluation.episodes import Driver, Gate, Memory, Stream, Watcher
 from wam.evaluation.rollout import Film, check_environment, check_settings, rollout
 from wam.evaluation.vector import Observations
 from wam.inference.session import Plan, Session
-from wam.config import SamplingConfig
 from wam.pretrained import Policy, save_pretrained
 
 SIDE = 32

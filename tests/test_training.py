@@ -8,10 +8,9 @@ import safetensors.torch
 import torch
 from tiny import SMALL
 
-from wam.config import Config, load_config
+from wam.config import Config, SamplingConfig, load_config
 from wam.data.dataset import collate
 from wam.inference.session import Session
-from wam.config import SamplingConfig
 from wam.model.wam import WorldActionModel
 from wam.pretrained import Policy, from_pretrained
 from wam.training import loop

@@ -212,6 +212,7 @@ class EmbodimentConfig:
     state_dim: int = 4
     action_dim: int = 4
     action_channels: tuple[int, ...] = ()  # which channels of a wider, shared action vector are this robot's (LingBot-VA); empty: the first
+    relative_to: tuple[int, ...] = ()  # per action dimension: the state dimension at the block's start that it is a difference to, or -1; empty: all absolute (DreamZero)
 
     def __post_init__(self) -> None:
         channels = self.action_channels
@@ -219,6 +220,12 @@ class EmbodimentConfig:
             not channels or (len(set(channels)) == self.action_dim and min(channels) >= 0),
             f"model.embodiments: action_channels of {self.name!r} are {list(channels)}",
             f"list action_dim = {self.action_dim} different channels, from 0",
+        )
+        relative = self.relative_to
+        _require(
+            not relative or (len(relative) == self.action_dim and all(-1 <= i < self.state_dim for i in relative)),
+            f"model.embodiments: relative_to of {self.name!r} is {list(relative)}",
+            f"list for each of action_dim = {self.action_dim} a state dimension below {self.state_dim}, or -1",
         )
         for name in ("state_dim", "action_dim"):
             _require(getattr(self, name) >= 1, f"model.embodiments: {name} of {self.name!r} is {getattr(self, name)}", "it must be at least 1")
@@ -355,6 +362,10 @@ class SamplingConfig:
     reuse: Literal["none", "mask", "similarity"] = "none"  # steps that take the last velocity instead of evaluating the network (DreamZero's DiT cache)
     evaluations: int = 8  # with `mask`: how many of the steps are evaluated
 
+    def with_steps(self, steps: int | None) -> SamplingConfig:
+        """The same with another number of solver steps, where one is given."""
+        return self if steps is None else dataclasses.replace(self, steps=steps, action_steps=None)
+
     def __post_init__(self) -> None:
         for name in ("steps", "evaluations", "action_steps"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}", "it must be at least 1")
@@ -486,7 +497,7 @@ class RolloutConfig:
     episodes: int = 50
     seed: int = 20000  # first seed of the test range; disjoint from demonstrations and validation
     replan: int | None = None  # control steps between plans; default: the whole block
-    steps: int = 4  # solver steps a plan
+    steps: int | None = None  # solver steps a plan; default: the checkpoint's (sampling.steps)
     max_steps: int = 500
     batch: int = 25  # episodes driven side by side
     workers: int = 2
@@ -494,7 +505,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         for name in ("episodes", "steps", "max_steps", "batch", "workers"):
-            _require(getattr(self, name) >= 1, f"rollout.{name} is {getattr(self, name)}", "it must be at least 1")
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, f"rollout.{name} is {getattr(self, name)}", "it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -503,13 +514,13 @@ class ImagineConfig:
 
     clips: int = 16  # held-out stretches, spread over episodes
     blocks: int = 6  # blocks imagined open loop from one frame
-    steps: int = 8
+    steps: int | None = None  # solver steps a block; default: the checkpoint's (sampling.steps)
     seed: int = 0
     videos: int = 4  # clips that are saved as mp4
 
     def __post_init__(self) -> None:
         for name in ("clips", "blocks", "steps"):
-            _require(getattr(self, name) >= 1, f"imagine.{name} is {getattr(self, name)}", "it must be at least 1")
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, f"imagine.{name} is {getattr(self, name)}", "it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ class Parts:
     states: bool = True
 
 
-def training_layout(clock: Clock, blocks: int, parts: Parts = Parts()) -> Layout:  # noqa: B008 (frozen)
+def training_layout(clock: Clock, blocks: int, parts: Parts = Parts()) -> Layout:
     """`[G | H Vc...Vc | V...V | S...S | Ac...Ac | A...A]`: the clean copy of a window beside the noisy one (teacher forcing)."""
     order = [clock.segment(Kind.G, FIRST_BLOCK)] if parts.goal else []
     if clock.timeline.first_frame == "before":

@@ -22,7 +22,7 @@ from wam.config import Config, from_dict
 from wam.config_tree import overlay
 from wam.convert.clip import clip_component
 from wam.convert.dreamzero_lora import Merged, canonical, has_lora, is_lora_only, merge_from_base
-from wam.convert.dreamzero_robot import NEGATIVE_PROMPT, Robot, read_robot
+from wam.convert.dreamzero_robot import NEGATIVE_PROMPT, Robot, read_robot, relative_to
 from wam.convert.keys import KeyMap, Rule
 from wam.convert.options import Options
 from wam.convert.policy_folder import TOKENIZER, write_policy
@@ -172,7 +172,7 @@ def _above(robot: Robot, shapes: Mapping[str, Shape], options: Options) -> tuple
     if options.image_size is not None:
         above["codec"]["image_size"] = list(options.image_size)
     above["data"] = {"embodiment": robot.name}
-    above["model"] = {"embodiments": [{"name": robot.name, "state_dim": robot.state_dim, "action_dim": robot.action_dim}]}
+    above["model"] = {"embodiments": [{"name": robot.name, "state_dim": robot.state_dim, "action_dim": robot.action_dim, "relative_to": list(relative_to(robot))}]}
     return above, referenced
 
 

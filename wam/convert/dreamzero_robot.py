@@ -72,6 +72,28 @@ class Robot:
         return sum(self.action_keys.values())
 
 
+def relative_to(robot: Robot) -> tuple[int, ...]:
+    """Per action channel the state channel of the same key that it is a difference to, or -1.
+
+    Raises:
+        ValueError: a relative action whose key no state has, or in another width.
+    """
+    starts, at = {}, 0
+    for key, width in robot.state_keys.items():
+        starts[key], at = (at, width), at + width
+    out: list[int] = []
+    for key, width in robot.action_keys.items():
+        channels = range(len(out), len(out) + width)
+        if not set(channels) & set(robot.relative):
+            out += [-1] * width
+            continue
+        start, found = starts.get(key, (0, None))
+        if found != width:
+            raise ValueError(f"action {key!r} of {robot.name!r} is relative to the state, but the state {key!r} has {found or 'no'} channels, expected {width}; the checkpoint's conf.yaml and metadata.json do not fit")
+        out += range(start, start + width)
+    return tuple(out) if robot.relative else ()
+
+
 def read_robot(folder: Path, embodiment: str | None = None, control_hz: float | None = None, template: str | None = None) -> Robot:
     """The robot of a DreamZero checkpoint.
 
@@ -105,7 +127,7 @@ def read_robot(folder: Path, embodiment: str | None = None, control_hz: float | 
     if text is None:
         raise ValueError(f"the text that {name!r} was trained with is not known (known: {', '.join(TEMPLATES)}); give it with --prompt-template, with {{instruction:lower}} where the instruction belongs")
     if relative:
-        notes.append(f"actions {', '.join(map(str, relative))} are relative to the state at the block's first step (config.json: relative_actions)")
+        notes.append(f"actions {', '.join(map(str, relative))} are relative to the state at the block's first step")
     return Robot(name, keys["state"], keys["action"], Normalizer("quantile", 1.0, parts), rate, text, relative, tuple(notes))
 
 

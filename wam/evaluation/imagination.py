@@ -26,7 +26,6 @@ from wam.data.dataset import EpisodeView, WindowDataset
 from wam.evaluation.images import MASK, beside, enlarge, moving_mask, psnr, ssim, strip, write_mp4, write_png
 from wam.files import write_json_atomic
 from wam.inference.session import Session
-from wam.config import SamplingConfig
 from wam.pretrained import Policy, from_pretrained
 
 log = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str 
     """
     policy = from_pretrained(checkpoint)
     clips = held_out_clips(policy.config, config, dataset)
-    results: dict[str, Any] = {"checkpoint": str(checkpoint), "mask": MASK, "blocks": len(clips[0].executed) // policy.config.timeline.actions_per_block, "solver_steps": config.steps, "modes": {}}
+    results: dict[str, Any] = {"checkpoint": str(checkpoint), "mask": MASK, "blocks": len(clips[0].executed) // policy.config.timeline.actions_per_block, "solver_steps": policy.config.sampling.with_steps(config.steps).steps, "modes": {}}
     videos: dict[str, list[np.ndarray]] = {}
     for mode in tqdm(MODES, desc="imagine", unit="mode"):
         if mode not in policy.config.training.modes:
@@ -112,7 +111,7 @@ def rollout(policy: Policy, clips: Sequence[Clip], mode: str, config: ImagineCon
     embodiment = policy.config.data.embodiment
     session = Session(policy, [c.instruction for c in clips], embodiment, [config.seed * 100_003 + i for i in range(len(clips))])
     latents: list[Tensor] = [session.observe(np.stack([c.frames[:1] for c in clips]), np.stack([c.state for c in clips]))]
-    steps, solver = policy.config.timeline.actions_per_block, SamplingConfig(steps=config.steps)
+    steps, solver = policy.config.timeline.actions_per_block, policy.config.sampling.with_steps(config.steps)
     for block in range(len(clips[0].executed) // steps):
         given = np.stack([c.executed[block * steps : (block + 1) * steps] for c in clips])
         plan = session.plan(mode, solver, given if mode == "forward" else None)

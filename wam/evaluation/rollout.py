@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import wam
-from wam.config import RolloutConfig, SamplingConfig
+from wam.config import RolloutConfig, to_dict
 from wam.evaluation.environments import Floats, Frames, StepResult
 from wam.evaluation.episodes import Driver, Episode, Watcher, generator_seed, imagine_outcome
 from wam.evaluation.gl import choose_backend
@@ -90,7 +90,7 @@ def rollout(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, 
 
 def _drive_mode(mode: str, policy: Policy, config: RolloutConfig, env: VectorEnv, results: dict[str, Any], path: Path) -> None:
     """Drive what is missing of one mode, wave by wave, then measure its latency."""
-    driver = Driver(policy, mode, SamplingConfig(steps=config.steps), replan_of(policy, config), config.seed)
+    driver = Driver(policy, mode, policy.config.sampling.with_steps(config.steps), replan_of(policy, config), config.seed)
     done = [Episode(**entry) for entry in results["modes"].get(mode, {}).get("episode_results", [])]
     known = {episode.seed for episode in done}
     seeds = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in known]
@@ -209,7 +209,7 @@ def _identity(checkpoint: Path, policy: Policy, config: RolloutConfig) -> dict[s
         "env": config.env,
         "checkpoint_sha256": weights_sha256(checkpoint),
         "replan": replan_of(policy, config),
-        "steps": config.steps,
+        "sampling": to_dict(policy.config.sampling.with_steps(config.steps)),
         "max_steps": config.max_steps,
         "seeds": {"first": config.seed, "last": last, "test": config.seed in TEST and last in TEST},
         "control_hz": policy.control_hz,

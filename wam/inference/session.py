@@ -116,6 +116,7 @@ class Session:
         self.block = FIRST_BLOCK
         self.committed = True
         self.state: Tensor | None = None  # where states are not cached
+        self.origin: np.ndarray | None = None  # the state that relative actions start from, physical units
         self.first: Tensor | None = None  # where the first frame is inside block 0
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -197,6 +198,7 @@ class Session:
         self.generators = [self.generators[r] for r in chosen]
         self.stream = self.stream.select(chosen)
         self.state, self.first, self.goal = (None if x is None else x[chosen] for x in (self.state, self.first, self.goal))
+        self.origin = None if self.origin is None else self.origin[chosen]
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -236,7 +238,7 @@ class Session:
 
     def _advance(self, latents: Tensor, state: np.ndarray | None) -> None:
         """Write a block's frames, and the state at the start of the next."""
-        normal = None
+        normal, self.origin = None, state
         if state is not None and self.model.state_encoder is not None:
             normal = pad_states(self.config.model, torch.from_numpy(self.normalizer.normalize("state", state.astype(np.float32)))).to(self.model.device)
         if normal is not None and self.config.model.state == "context":
@@ -303,10 +305,23 @@ class Session:
         """Sampled actions that are the robot's to execute, in physical units."""
         assert out.action_BTA is not None
         own = out.action_BTA[:, self.config.timeline.lead if self.block == 0 else 0 :, channels_of(self.dims)]
-        return self.normalizer.unnormalize("action", own.float().cpu().numpy())
+        return self.normalizer.unnormalize("action", own.float().cpu().numpy()) + self._origins()
+
+    def _origins(self) -> np.ndarray | float:
+        """(B, 1, action_dim): where relative actions start from, 0 for absolute ones.
+
+        Raises:
+            ValueError: the state at the block's start is not known.
+        """
+        to = np.array(self.dims.relative_to or [-1])
+        if (to < 0).all():
+            return 0.0
+        if self.origin is None:
+            raise ValueError(f"actions of {self.dims.name!r} are relative to the state at the block's start, which was not observed; call observe(frames, state) with a state")
+        return np.where(to >= 0, self.origin[:, to], 0.0).astype(np.float32)[:, None]
 
     def _normalized(self, actions: np.ndarray) -> Tensor:
-        normal = torch.from_numpy(self.normalizer.normalize("action", actions.astype(np.float32)))
+        normal = torch.from_numpy(self.normalizer.normalize("action", (actions - self._origins()).astype(np.float32)))
         return pad_actions(self.config.model, self.dims, normal).to(self.model.device)
 
     def _normal_actions(self, actions: np.ndarray) -> Tensor:

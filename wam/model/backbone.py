@@ -69,7 +69,8 @@ def _pieces(runs: tuple[int, ...]) -> tuple[_Piece, ...]:
 @functools.lru_cache(maxsize=512)
 def _cut(runs: tuple[int, ...], start: int, stop: int) -> tuple[slice, tuple[int, ...]]:
     """The levels of tokens start..stop, and how many of these tokens each has."""
-    lengths, first, offset = [], 0, 0
+    lengths: list[int] = []
+    first, offset = 0, 0
     for level, run in enumerate(runs):
         inside = min(stop, offset + run) - max(start, offset)
         if inside > 0:

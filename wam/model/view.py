@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wam.model.attention import attention
+from wam.model.attention import Backend, attention
 from wam.model.backbone import Attend
 from wam.model.cache import KVCache, Prefix
 from wam.model.rotary import Rotary
@@ -40,7 +40,7 @@ class View:
     blocks: list[int]
     rotary: Rotary
     groups: tuple[Group, ...]
-    backend: str
+    backend: Backend
 
     def attends(self, layer: int) -> Attend:
         """How queries meet keys in a layer."""
@@ -65,7 +65,7 @@ class View:
         return attention(q, k, v, mask, self.backend)
 
 
-def make_view(cache: KVCache, table: RelationTable, kinds: tuple[Kind, ...], blocks: list[int], backend: str) -> View:
+def make_view(cache: KVCache, table: RelationTable, kinds: tuple[Kind, ...], blocks: list[int], backend: Backend) -> View:
     """Groups of the live tokens of `kinds`, in this order, each row at its own block."""
     layouts = [Layout(tuple(cache.clock.segment(kind, block) for kind in kinds)) for block in blocks]
     layout = layouts[0]

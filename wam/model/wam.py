@@ -41,7 +41,6 @@ from wam.text.bytes import ByteText
 from wam.text.text import Text
 from wam.timeline import FIRST_BLOCK, VIDEO_KINDS, Clock, Kind, Layout, Parts, training_layout
 
-
 TrainingMask = WindowMask | Mask
 
 
@@ -259,8 +258,8 @@ class WorldActionModel(nn.Module):
     def run(self, video: Stream | None, action: Stream | None, attends: Callable[[int], Attend]) -> Hidden:
         """Tokens of both kinds through their blocks; `attends` sees video tokens first, then action tokens."""
         if self.expert is not None and video is not None and action is not None:
-            streams = ((s.x_BLD, s.modulation, s.context) for s in (video, action))
-            x_v, x_a = run_both(self.backbone, self.expert, *streams, attends)
+            sides = [(s.x_BLD, s.modulation, s.context) for s in (video, action)]
+            x_v, x_a = run_both(self.backbone, self.expert, sides[0], sides[1], attends)
             return Hidden(x_v, video.modulation, x_a, action.modulation)
         if self.expert is not None and action is not None:
             return Hidden(None, None, self.expert.run(action.x_BLD, action.modulation, action.context, attends), action.modulation)
@@ -439,7 +438,7 @@ class WorldActionModel(nn.Module):
     def view(self, cache: KVCache, table: RelationTable, kinds: tuple[Kind, ...], blocks: list[int]) -> View:
         """Work out, once per plan, what the noisy tokens of `kinds` (V before A) see in the cache and among themselves."""
         if self.live_state and Kind.A in kinds:
-            kinds = tuple(k for k in kinds if k is not Kind.A) + (Kind.S, Kind.A)
+            kinds = (*(k for k in kinds if k is not Kind.A), Kind.S, Kind.A)
         for kind in kinds:
             cache.forget(kind, blocks)
         return make_view(cache, table, kinds, blocks, self.config.model.attention)

@@ -97,6 +97,8 @@ def _check_sizes(config: Config) -> None:
     """Compare the robot's sizes with the dataset's columns, before frames are decoded."""
     robots, data = config.model.embodiments, LeRobotDataset(config.data.root)
     robot = next(e for e in robots if e.name == config.data.embodiment)
+    if robot.relative_to:
+        raise ValueError(f"model.embodiments: actions of {robot.name!r} are relative to the state (relative_to), which the dataset reader does not compute; write them relative into the dataset, or train on absolute ones with relative_to=[]")
     for what, column, size in (("state_dim", config.data.state, robot.state_dim), ("action_dim", config.data.action, robot.action_dim)):
         found = math.prod(data.feature(column).shape)
         if found != size:
