@@ -133,12 +133,28 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+class ExactTimesteps(nn.Module):
+    """diffusers' `Timesteps` with angles in float64: cosines, then sines, (n,) -> (n, dim) float32, as Wan's own code has them."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """(n,) -> (n, dim)."""
+        half = self.dim // 2
+        frequencies = 10000.0 ** (-torch.arange(half, device=timesteps.device, dtype=torch.float64) / half)
+        angle = timesteps.double().unsqueeze(-1) * frequencies
+        return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+
 def embed_levels(embedder: Any, levels: Levels) -> Modulation:
-    """Embed K levels with the weights of a `condition_embedder` (diffusers' names); angles in float32."""
+    """Embed K levels with the weights of a `condition_embedder` (diffusers' names): angles in float32, the rest in the weights' own type, also under autocast."""
     t = levels.timestep_BK
-    sinusoid = embedder.timesteps_proj(t.flatten()).view(*t.shape, -1)
-    temb = embedder.time_embedder(sinusoid.type_as(embedder.time_proj.weight))
-    shifts = embedder.time_proj(nn.functional.silu(temb)).unflatten(-1, (6, -1))
+    with torch.autocast(t.device.type, enabled=False):
+        sinusoid = embedder.timesteps_proj(t.flatten()).view(*t.shape, -1)
+        temb = embedder.time_embedder(sinusoid.type_as(embedder.time_proj.weight))
+        shifts = embedder.time_proj(nn.functional.silu(temb)).unflatten(-1, (6, -1))
     return Modulation(temb, shifts, levels.runs)
 
 
