@@ -88,6 +88,7 @@ class TimelineConfig:
     blocks: int = 3  # N: blocks in a training window
     latents_per_block: int = 1  # k
     actions_per_block: int = 8  # A
+    states_per_block: int = 1  # states a block, evenly over its control steps: DreamZero's code allows more than one, but all but the first lie in a plan's future
     frame_stride: int | None = 2  # control steps between two frames; null: frames and control steps are not tied (no data can be read then)
     history: int = 2  # how far back attention reaches, in `history_unit` (the first frame counts as the block before the first)
     history_unit: Literal["block", "segment"] = "block"  # segment: a block's video and its actions count as one each (LingBot-VA)
@@ -96,8 +97,12 @@ class TimelineConfig:
     temporal_stride: int = 4  # frames folded into one latent frame; 4 for every Wan codec
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "latents_per_block", "actions_per_block", "frame_stride", "history", "temporal_stride"):
+        for name in ("blocks", "latents_per_block", "actions_per_block", "states_per_block", "frame_stride", "history", "temporal_stride"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, f"timeline.{name} is {getattr(self, name)}", "it must be at least 1")
+        states, actions = self.states_per_block, self.actions_per_block
+        _require(actions % states == 0, f"timeline.states_per_block is {states}, which does not divide actions_per_block {actions}", "use a divisor; one state a block is usual")
+        future = states > 1 and self.frame_stride is not None
+        _require(not future, f"timeline.states_per_block is {states}, but a plan knows only the state at its start", "set it to 1, or frame_stride=null (no data can be read then)")
         frames = self.latents_per_block * self.temporal_stride
         steps = frames * (self.frame_stride or 0)
         _require(
@@ -255,6 +260,8 @@ class ModelConfig:
     head_dim: int = 48
     ffn_dim: int = 768
     freq_dim: int = 64
+    eps: float = 1e-6  # of the norms in blocks and head; every released Wan: 1e-6
+    angles: Literal["float32", "float64"] = "float32"  # precision of a level's sinusoid: diffusers' and LingBot-VA's; Wan's own code, DreamZero's and Fast-WAM's (they differ by 3e-6)
     patch: tuple[int, int, int] = (1, 2, 2)
     video_head: Literal["velocity", "sample"] = "velocity"  # what the video head puts out; pretrained Wan: the velocity
     first_frame: Literal["token", "concat"] = "token"  # concat: mask and first frame are joined to every frame's channels (Wan2.1 I2V)
@@ -282,6 +289,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "ffn_dim", "image_dim", "expert_width", "expert_ffn_dim", "mlp_hidden", "action_width", "state_width"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}", "it must be at least 1")
+        _require(0 < self.eps < 1, f"model.eps is {self.eps}", "it must be positive and small, e.g. 1e-6")
         _require(self.freq_dim >= 2 and self.freq_dim % 2 == 0, f"model.freq_dim is {self.freq_dim}", "sines and cosines need an even number")
         _require(self.patch[0] == 1 and min(self.patch) >= 1, f"model.patch is {list(self.patch)}", "expected [1, height, width] in latents: every latent frame has its own tokens")
         _require(self.head_dim % 2 == 0 and self.head_dim >= 12, f"model.head_dim is {self.head_dim}", "rotary positions need an even head_dim of at least 12")
@@ -356,7 +364,11 @@ class SamplingConfig:
     steps: int = 4
     action_steps: int | None = None  # where actions are denoised apart from video; default: as many
     guidance: float = 1.0  # classifier-free guidance on video; 1: none
+    untrained_guidance: bool = False  # guide although training dropped no instructions, so that the other side was never learnt (DreamZero does)
+    action_guidance: float = 1.0  # the same on actions (LingBot-VA's code allows it; no release uses it)
     negative_prompt: str = ""  # the instruction of guidance's other side
+    video_shift: float | None = None  # of the grid that video is denoised on; default: noise.video.shift, as in training
+    action_shift: float | None = None  # likewise for actions
     video_stop: float = 0.0  # level at which imagined video stops before actions are read off it
     video_final: float = 0.0  # level at which video ends while actions go on to 0 (DreamZero-Flash)
     reuse: Literal["none", "mask", "similarity"] = "none"  # steps that take the last velocity instead of evaluating the network (DreamZero's DiT cache)
@@ -371,7 +383,16 @@ class SamplingConfig:
             _require(getattr(self, name) is None or getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}", "it must be at least 1")
         for name in ("video_stop", "video_final"):
             _require(0 <= getattr(self, name) < 1, f"sampling.{name} is {getattr(self, name)}", "a level to stop at lies in 0 <= level < 1")
-        _require(0 < self.guidance < math.inf, f"sampling.guidance is {self.guidance}", "it must be positive; 1 means none")
+        for name in ("guidance", "action_guidance"):
+            _require(0 < getattr(self, name) < math.inf, f"sampling.{name} is {getattr(self, name)}", "it must be positive; 1 means none")
+        for name in ("video_shift", "action_shift"):
+            shift = getattr(self, name)
+            _require(shift is None or 0 < shift < math.inf, f"sampling.{name} is {shift}", "a shift is positive; 1 leaves the levels evenly spaced")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative instruction is needed too."""
+        return self.guidance != 1 or self.action_guidance != 1
 
 
 @dataclass(frozen=True)
@@ -463,6 +484,7 @@ class TrainingConfig:
     text_dropout: float = 0.0  # probability that a sample's instruction is the empty one: what guidance needs
     goal_image: float = 0.0  # probability that a sample is given the window's last frame as its goal (needs model.goal_image)
     predict_first_frame: bool = False  # the first frame is noised and predicted too (DreamZero)
+    frame_padding: Literal["any", "all"] = "any"  # a latent frame is padding when any of its pixel frames is, or only when all are (Fast-WAM)
     reduction: Literal["supervised", "sample", "all"] = "supervised"  # errors over what is supervised in the batch; per sample first (Fast-WAM); over everything, padding included (DreamZero)
     modes: dict[str, float] = field(default_factory=lambda: {"skip": 0.3, "joint": 0.2, "joint_mutual": 0.1, "imagine": 0.2, "forward": 0.2})
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -560,6 +582,12 @@ class Config:
             self.training.goal_image == 0 or self.model.goal_image,
             f"training.goal_image is {self.training.goal_image}, but the model takes no goal image",
             "set model.goal_image=true",
+        )
+        s = self.sampling
+        _require(
+            s.guidance == 1 or self.training.text_dropout > 0 or s.untrained_guidance,
+            f"sampling.guidance is {s.guidance}, but training.text_dropout is 0: the model never learns what an absent instruction means",
+            "set training.text_dropout=0.1, or sampling.guidance=1, or sampling.untrained_guidance=true to do it all the same",
         )
         robots = [e.name for e in self.model.embodiments]
         _require(self.data.embodiment in robots, f"data.embodiment is {self.data.embodiment!r}, but model.embodiments has {', '.join(robots)}", "name one of these, or add it with its sizes")

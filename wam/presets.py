@@ -30,6 +30,7 @@ _DREAMZERO: Tree = {
         "action_head": "mlp",
         "state_level": "action",
         "activation": "relu",
+        "angles": "float64",
         "embodiment_weights": "shared",
     },
     "relations": {
@@ -50,7 +51,7 @@ _DREAMZERO: Tree = {
         "couple_always": True,
         "condition_probability": 0.0,
     },
-    "sampling": {"solver": "unipc", "steps": 16, "guidance": 5.0, "reuse": "mask", "evaluations": 8},
+    "sampling": {"solver": "unipc", "steps": 16, "guidance": 5.0, "untrained_guidance": True, "reuse": "mask", "evaluations": 8},
     "training": {"modes": {"joint_mutual": 1.0}, "predict_first_frame": True, "reduction": "all", "state_dropout": 0.0},
     "rollout": {"modes": ["joint_mutual"]},
 }
@@ -65,7 +66,7 @@ _FLASH: Tree = {
         "coupled": 0.0,
         "condition_probability": 0.0,
     },
-    "sampling": {"solver": "unipc", "steps": 4, "guidance": 5.0, "video_final": 0.8},
+    "sampling": {"solver": "unipc", "steps": 4, "guidance": 5.0, "untrained_guidance": True, "video_final": 0.8},
 }
 
 
@@ -82,6 +83,7 @@ def _fast_wam(mode: str, condition: float = 0.0) -> Tree:
             "action_head": "linear",
             "action_time": "own",
             "state": "context",
+            "angles": "float64",
         },
         "relations": {"cells": _FORGETS},
         "noise": {
@@ -92,7 +94,7 @@ def _fast_wam(mode: str, condition: float = 0.0) -> Tree:
             "condition": levels,
         },
         "sampling": {"steps": 10},
-        "training": {"modes": {mode: 1.0}, "reduction": "sample", "state_dropout": 0.0},
+        "training": {"modes": {mode: 1.0}, "reduction": "sample", "frame_padding": "all", "state_dropout": 0.0},
         "rollout": {"modes": [mode]},
     }
 
@@ -112,11 +114,12 @@ _LINGBOT: Tree = {
     },
     "relations": {"cells": {"Ac->Vc": "<="}},
     "noise": {
-        "video": {"shift": 5.0, "at_one": 0.0, "per": "frame", "weighting": "bump"},
-        "action": {"shift": 1.0, "per": "frame", "weighting": "bump"},
+        "video": {"shift": 5.0, "at_one": 0.0, "per": "frame", "table": 1000, "weighting": "bump"},
+        "action": {"shift": 1.0, "per": "frame", "table": 1000, "weighting": "bump"},
         "coupled": 0.0,
         "condition_probability": 0.0,
         "history_probability": 0.5,  # the copy is history and condition in one
+        "history": {"table": 1000},
     },
     "sampling": {"steps": 25, "action_steps": 50, "guidance": 5.0},
     "training": {"modes": {"imagine": 1.0}, "text_dropout": 0.1, "state_dropout": 0.0},
