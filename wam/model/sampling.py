@@ -124,14 +124,24 @@ def sample(
         kind = Kind.AC if mode.name == "forward" else Kind.VC
         return _conditioned(model, mode, at, noise, how, kind, given, 0.0, watch)
     if mode.name == "imagine":
-        video = _denoise(model, model.relations.mode("video"), at, noise, how, (Kind.V,), stop=how.video_stop, watch=watch).video_BCFHW
-        assert video is not None
-        acted = _conditioned(model, mode, at, noise, how, Kind.VC, video, how.video_stop, watch)
-        return Sample(acted.action_BTA, video)
+        return _imagined(model, mode, at, noise, how, watch)
     if mode.pinned.get(Kind.V) and not mode.sees(Kind.V, Kind.A):
         return _with_registers(model, mode, at, noise, how, watch)
     live = (Kind.V, Kind.A) if with_video and mode.live == (Kind.A,) else mode.live
     return _denoise(model, mode, at, noise, how, live, watch=watch)
+
+
+def _imagined(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how: SamplingConfig, watch: Watch) -> Sample:
+    """First the video, then the actions: against it as a clean copy, or beside it, held clean, where there is a single copy of everything."""
+    alone = model.relations.mode("video")
+    stop = 0.0 if mode.pinned else how.video_stop
+    video = _denoise(model, alone, at, noise, how, alone.live, stop=stop, watch=watch).video_BCFHW
+    assert video is not None
+    if mode.pinned:
+        acted = _denoise(model, mode, at, noise, how, mode.live, video, watch=watch)
+    else:
+        acted = _conditioned(model, mode, at, noise, how, Kind.VC, video, stop, watch)
+    return Sample(acted.action_BTA, video)
 
 
 def _conditioned(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how: SamplingConfig, kind: Kind, given: Tensor, stop: float, watch: Watch) -> Sample:
@@ -229,7 +239,7 @@ def _track(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how
         return _Track(x, torch.full((1,), TIMESTEPS * level, device=model.device), None, held, axis, keep)
     steps = how.steps if video or how.action_steps is None or Kind.V in mode.denoised else how.action_steps
     grid = make_grid(how.solver, steps, config.video.shift if video else config.action.shift)
-    final = max(stop, how.video_final if mode.live == (Kind.V, Kind.A) else 0.0) if video else 0.0
+    final = max(stop, how.video_final if mode.denoised == (Kind.V, Kind.A) else 0.0) if video else 0.0
     grid = grid.ending_at(final) if final > 0 else grid
     return _Track(start, grid.timesteps.to(model.device), make_solver(how.solver, grid), held, axis, keep)
 
