@@ -125,7 +125,8 @@ def sample(
         return _conditioned(model, mode, at, noise, how, kind, given, 0.0, watch)
     if mode.name == "imagine":
         return _imagined(model, mode, at, noise, how, watch)
-    if mode.pinned.get(Kind.V) and not mode.sees(Kind.V, Kind.A):
+    steady = not mode.sees(Kind.V, Kind.A) and not (model.live_state and mode.sees(Kind.V, Kind.S))
+    if mode.pinned.get(Kind.V) and steady:
         return _with_registers(model, mode, at, noise, how, watch)
     live = (Kind.V, Kind.A) if with_video and mode.live == (Kind.A,) else mode.live
     return _denoise(model, mode, at, noise, how, live, watch=watch)
@@ -157,7 +158,7 @@ def _conditioned(model: WorldActionModel, mode: Mode, at: Situation, noise: Nois
 
 
 def _with_registers(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how: SamplingConfig, watch: Watch) -> Sample:
-    """Video tokens of pure noise do not see the actions, so one pass serves every step."""
+    """Video tokens of pure noise that see nothing of what changes from step to step (actions, live states): one pass serves all."""
     model.prefill(at.cache, mode.table, Kind.V, _rows(at, noise.video_BCFHW), at.blocks, at.conditions, at.embodiment_B, TIMESTEPS * mode.pinned[Kind.V])
     try:
         return _denoise(model, mode, at, noise, how, (Kind.A,), watch=watch)
