@@ -103,6 +103,11 @@ class Session:
         return self.config.timeline.first_frame == "inside"
 
     @property
+    def _actions_see_their_video(self) -> bool:
+        """Whether executed actions see the video they led to (LingBot-VA), and so are written after it."""
+        return self.model.relations.mode("skip").table.allow(Kind.AC, 0, Kind.VC, 0)
+
+    @property
     def _lasts(self) -> int | None:
         """Blocks until the memory starts again; None: for ever."""
         m = self.config.model
@@ -118,6 +123,7 @@ class Session:
         self.state: Tensor | None = None  # where states are not cached
         self.origin: np.ndarray | None = None  # the state that relative actions start from, physical units
         self.first: Tensor | None = None  # where the first frame is inside block 0
+        self.acted: Tensor | None = None  # executed actions that wait for the frames they led to
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -171,11 +177,13 @@ class Session:
         return Plan(plan_actions, out.video_BCFHW, timings)
 
     def commit(self, actions: np.ndarray) -> None:
-        """Write the block's actions, as really sent (B, A, action_dim), into the memory; frames need not have arrived."""
+        """Take in the block's actions, as really sent (B, A, action_dim); frames need not have arrived."""
         if self.block == FIRST_BLOCK:
             raise ValueError("nothing has been observed yet; call observe(first_frame, state) before commit()")
         with torch.no_grad(), self._timed("commit"):
-            self._prefill(Kind.AC, self._normal_actions(actions))
+            self.acted = self._normal_actions(actions)
+            if not self._actions_see_their_video:
+                self._write_actions()
         self.committed = True
 
     def imagine(self, latents: Tensor) -> None:
@@ -197,7 +205,7 @@ class Session:
         self.embodiment_B = self.embodiment_B[on_device]
         self.generators = [self.generators[r] for r in chosen]
         self.stream = self.stream.select(chosen)
-        self.state, self.first, self.goal = (None if x is None else x[chosen] for x in (self.state, self.first, self.goal))
+        self.state, self.first, self.goal, self.acted = (None if x is None else x[chosen] for x in (self.state, self.first, self.goal, self.acted))
         self.origin = None if self.origin is None else self.origin[chosen]
 
     # ------------------------------------------------------------------------------------------ inside
@@ -250,6 +258,7 @@ class Session:
             self._prefill(Kind.H, latents)
         else:
             self._prefill(Kind.VC, torch.cat([self.first, latents], dim=2) if self.block == 0 and self.first is not None else latents)
+            self._write_actions()
         self.block += 1
         self.committed = False
         if normal is not None and self.config.model.state == "token":
@@ -266,6 +275,12 @@ class Session:
         self._prefill(Kind.VC, self.first)
         self._prefill(Kind.AC, torch.zeros(self.batch, t.actions_per_block, self.config.model.actions, device=self.model.device))
         self.block = 1
+
+    def _write_actions(self) -> None:
+        """Write what was committed, unless that is done."""
+        if self.acted is not None:
+            self._prefill(Kind.AC, self.acted)
+        self.acted = None
 
     def _prefill(self, kind: Kind, value: Tensor) -> None:
         table = self.model.relations.mode("skip").table
