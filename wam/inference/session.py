@@ -11,8 +11,8 @@ Observations arrive in physical units and uint8 pixels; plans leave in physical 
 executed; what a plan imagined never stays in it.  Rows are independent: a batch gives each row what it would get alone.
 
 What depends on the instruction alone is computed when the session opens, what depends on the first frame when that is seen.  A model
-that cannot go on for ever (positions counted from the first frame, or a first frame joined to the channels) starts again from the newest
-frame when a window's blocks are full, as DreamZero does.
+that cannot go on for ever (positions counted from the first frame, a first frame joined to the channels, or a table that sees nothing of
+earlier blocks) starts again from the newest frame when a window's blocks are full, as DreamZero does.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class Session:
     def _lasts(self) -> int | None:
         """Blocks until the memory starts again; None: for ever."""
         m = self.config.model
-        return self.config.timeline.blocks if m.positions == "index" or m.first_frame == "concat" else None
+        ends = m.positions == "index" or m.first_frame == "concat" or not self.model.relations.remembers
+        return self.config.timeline.blocks if ends else None
 
     def reset(self) -> None:
         """Forget everything observed; keep the instruction and the goal."""
