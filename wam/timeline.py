@@ -96,7 +96,7 @@ class Clock:
         return {
             Kind.H: self.patches,
             Kind.G: self.patches,
-            Kind.S: 1,
+            Kind.S: t.states_per_block,
             Kind.VC: t.latents_per_block * self.patches,
             Kind.V: t.latents_per_block * self.patches,
             Kind.AC: t.actions_per_block,
@@ -121,9 +121,10 @@ class Clock:
         return Segment(kind, block, self._state(block) if kind is Kind.S else self._actions(block))
 
     def _state(self, block: int) -> Tensor:
+        t, states = self.timeline, torch.arange(self.timeline.states_per_block)
         if self.positions == "index":
-            return _indexed(torch.tensor([block]))
-        return _timed(torch.tensor([self.frames(block)[0] - (self.timeline.first_frame == "before")], dtype=torch.float64))
+            return _indexed(states + block * t.states_per_block)
+        return _timed(self.frames(block)[0] - (t.first_frame == "before") + states.double() * t.latents_per_block / t.states_per_block)
 
     def _actions(self, block: int) -> Tensor:
         k, steps = self.timeline.latents_per_block, self.timeline.actions_per_block

@@ -84,7 +84,7 @@ def model_config(shapes: Mapping[str, Shape], settings: Mapping[str, Any], above
         "sampling": {"negative_prompt": NEGATIVE_PROMPT},
         "data": {"embodiment": "robot"},
         "model": {
-            **{"layers": wan["num_layers"], "heads": wan["num_attention_heads"], "head_dim": wan["attention_head_dim"], "ffn_dim": wan["ffn_dim"], "freq_dim": wan["freq_dim"]},
+            **{"layers": wan["num_layers"], "heads": wan["num_attention_heads"], "head_dim": wan["attention_head_dim"], "ffn_dim": wan["ffn_dim"], "freq_dim": wan["freq_dim"], "eps": wan["eps"]},
             **{"patch": wan["patch_size"], "first_frame": first, "image_dim": wan["image_dim"], **sizes},
             "embodiments": [{"name": "robot", "state_dim": sizes["state_width"], "action_dim": sizes["action_width"]}],
         },

@@ -67,7 +67,7 @@ def model_config(released: Mapping[str, Any], above: Mapping[str, Any] | None = 
     missing = [key for key in SIZES if key not in released]
     if missing:
         raise ValueError(f"LingBot-VA's config lacks {', '.join(missing)}; give the transformer's own config.json")
-    for key, value in {"cross_attn_norm": True, "eps": 1e-6, "out_channels": released["in_channels"]}.items():
+    for key, value in {"cross_attn_norm": True, "out_channels": released["in_channels"]}.items():
         if released.get(key, value) != value:
             raise ValueError(f"LingBot-VA's config has {key} {released[key]!r}; only {value!r} is known here")
     robot, channels = ("robotwin", CHANNELS) if released["action_dim"] == PUBLISHED_WIDTH else ("robot", tuple(range(released["action_dim"])))
@@ -83,6 +83,7 @@ def model_config(released: Mapping[str, Any], above: Mapping[str, Any] | None = 
             "head_dim": released["attention_head_dim"],
             "ffn_dim": released["ffn_dim"],
             "freq_dim": released["freq_dim"],
+            "eps": float(released.get("eps", 1e-6)),
             "patch": list(released["patch_size"]),
             "action_width": released["action_dim"],
             "embodiments": [{"name": robot, "state_dim": 1, "action_dim": len(channels), "action_channels": list(channels)}],

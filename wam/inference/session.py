@@ -70,6 +70,9 @@ class Session:
         """
         if len(instructions) != len(seeds):
             raise ValueError(f"{len(instructions)} instructions and {len(seeds)} seeds; give one of each per row")
+        states = policy.config.timeline.states_per_block
+        if states != 1:
+            raise ValueError(f"this model takes timeline.states_per_block = {states} states a block, all but the first of which lie in a plan's future; a session needs a model with 1")
         if not all(text.strip() for text in instructions):
             raise ValueError("the instruction is empty; every episode needs a language task")
         self.policy, self.model, self.config = policy, policy.model, policy.config
@@ -78,7 +81,7 @@ class Session:
         self.dims = self.config.model.embodiment(embodiment)
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.timings: dict[str, float] = {}
-        self.guided = self.config.sampling.guidance != 1
+        self.guided = self.config.sampling.guided
         self._warned: set[str] = set()
         self.embodiment_B = torch.full((self.batch * self._sides,), index, device=self.model.device)
         with torch.no_grad(), self._timed("text"):

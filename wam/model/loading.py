@@ -27,7 +27,7 @@ from wam.shards import ShardReader, build_empty, load_into
 
 TRANSFORMER, WEIGHTS = "transformer", "diffusion_pytorch_model"
 MASK_CHANNELS = 4  # of a first frame that is joined to the channels: one per pixel frame of a latent
-FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "pos_embed_seq_len": None}  # the same in every Wan that can be used here
+FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "pos_embed_seq_len": None}  # the same in every Wan that can be used here
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -116,6 +116,7 @@ def _fields(arguments: dict[str, Any]) -> dict[str, Any]:
         "model.head_dim": arguments["attention_head_dim"],
         "model.ffn_dim": arguments["ffn_dim"],
         "model.freq_dim": arguments["freq_dim"],
+        "model.eps": arguments["eps"],
         "model.patch": tuple(arguments["patch_size"]),
         "model.first_frame": "concat" if extra else "token",
         "model.image_dim": arguments["image_dim"],

@@ -28,7 +28,7 @@ from wam.config import Config
 from wam.flow import TIMESTEPS, velocity_from_sample
 from wam.model.actions import ActionDecoder, ActionEncoder, StateEncoder, channel_masks
 from wam.model.attention import Mask, attention
-from wam.model.backbone import Attend, Backbone, Context, Levels, Modulation, initialise
+from wam.model.backbone import Attend, Backbone, Context, ExactTimesteps, Levels, Modulation, initialise
 from wam.model.cache import KVCache
 from wam.model.conditions import Conditions
 from wam.model.expert import Expert, TimeEmbedder, run_both
@@ -55,7 +55,7 @@ class Window:
         clean_t_BF: timestep of each clean frame (B, F); zero but for conditioning noise.
         video_t_BF: timestep of each noisy frame, as `noisy_BCFHW`.
         action_t_BT: timestep of each noisy action (B, N A).
-        state_BNS: states (B, N, .), where states are tokens.
+        state_BNS: states (B, N states_per_block, .), where states are tokens.
         goal_BC1HW: a goal image's latent, where the model takes one.
     """
 
@@ -80,7 +80,7 @@ class Noisy:
         video_t_BF: timesteps (B, k), or (B, 1) for all frames.
         action_BTA: (B, A, .).
         action_t_BT: timesteps (B, A), or (B, 1) for all actions.
-        state_BnS: the block's state (B, 1, .), where it is not cached because it takes the actions' level.
+        state_BnS: the block's states (B, states_per_block, .), where they are not cached because they take the actions' level.
     """
 
     video_BCFHW: Tensor | None = None
@@ -132,6 +132,10 @@ class WorldActionModel(nn.Module):
         self.text = ByteText(config.text) if config.text.kind == "bytes" else text
         self.expert = Expert(m.expert_width, m.expert_ffn_dim or 4 * m.expert_width, backbone) if m.expert_width else None
         self.action_time = TimeEmbedder(backbone.width, m.freq_dim) if m.action_time == "own" and not m.expert_width else None
+        if m.angles == "float64":
+            for embedder in (self.backbone.condition_embedder, self.expert and self.expert.condition_embedder, self.action_time):
+                if embedder is not None:
+                    embedder.timesteps_proj = ExactTimesteps(m.freq_dim)
         self.action_encoder = ActionEncoder(m)
         self.state_encoder = StateEncoder(m, config.text.width) if m.state != "none" else None
         self.action_decoder = ActionDecoder(m)
@@ -366,9 +370,11 @@ class WorldActionModel(nn.Module):
         states, executed = (([s.block for s in layout.segments if s.kind is kind]) for kind in (Kind.S, Kind.AC))
         if states:
             assert window.state_BNS is not None
-            tokens.append(self._encode_states(window.state_BNS[:, states], embodiment))
-            levels.append(window.action_t_BT[:, ::A][:, states] if self.live_state else zero_B1)
-            runs += [1] * len(states) if self.live_state else [len(states)]
+            n = self.config.timeline.states_per_block
+            state = window.state_BNS.unflatten(1, (-1, n))[:, states].flatten(1, 2)
+            tokens.append(self._encode_states(state, embodiment))
+            levels.append(window.action_t_BT[:, :: A // n].unflatten(1, (-1, n))[:, states].flatten(1, 2) if self.live_state else zero_B1)
+            runs += [1] * state.shape[1] if self.live_state else [state.shape[1]]
         if executed:
             clean = window.executed_BTA.unflatten(1, (-1, A))[:, executed].flatten(1, 2)
             tokens.append(self._encode_actions(clean, zero_B1, embodiment))
@@ -475,8 +481,9 @@ class WorldActionModel(nn.Module):
         steps, count = noisy.action_BTA.shape[1], noisy.action_t_BT.shape[1]
         x, t_BK, runs = self._encode_actions(noisy.action_BTA, noisy.action_t_BT, embodiment_B), noisy.action_t_BT, (steps // count,) * count
         if noisy.state_BnS is not None:
-            x = torch.cat([self._encode_states(noisy.state_BnS, embodiment_B), x], dim=1)
-            t_BK, runs = torch.cat([t_BK[:, :1], t_BK], dim=1), (noisy.state_BnS.shape[1], *runs)
+            x, n = torch.cat([self._encode_states(noisy.state_BnS, embodiment_B), x], dim=1), noisy.state_BnS.shape[1]
+            state_t = t_BK[:, :: steps // n] if count == steps else t_BK[:, :1]  # each state at the level of the action it stands before
+            t_BK, runs = torch.cat([state_t, t_BK], dim=1), (*(n // state_t.shape[1],) * state_t.shape[1], *runs)
         return x, self._action_levels(t_BK, runs)
 
 
@@ -493,6 +500,7 @@ def backbone_arguments(config: Config) -> dict[str, Any]:
         freq_dim=m.freq_dim,
         ffn_dim=m.ffn_dim,
         num_layers=m.layers,
+        eps=m.eps,
         image_dim=m.image_dim,
         added_kv_proj_dim=m.width if m.image_dim else None,
     )

@@ -196,12 +196,18 @@ class Objective:
         return conditions
 
     def _video_seen(self, batch: dict[str, Any], levels: LevelDraw) -> Tensor:
-        """(B, frames of the noisy video): latent frames none of whose pixel frames is padding, and that are not given."""
-        pad, stride = batch["frames_is_pad"], self.config.timeline.temporal_stride
-        real = torch.cat([~pad[:, :1], ~pad[:, 1:].unflatten(1, (-1, stride)).any(dim=2)], dim=1)
+        """(B, frames of the noisy video): latent frames that are neither padding nor given."""
+        real = ~latent_padding(batch["frames_is_pad"], self.config)
         if levels.first_B1 is not None:
             return real & torch.cat([levels.first_B1 > 0, levels.video_seeks], dim=1)
         return (real[:, 1:] if self.config.timeline.first_frame == "before" else real) & levels.video_seeks
+
+
+def latent_padding(frames_is_pad: Tensor, config: Config) -> Tensor:
+    """(B, 1 + 4 (F - 1)) of pixel frames to (B, F) of latent frames, by the config's rule."""
+    groups = frames_is_pad[:, 1:].unflatten(1, (-1, config.timeline.temporal_stride))
+    later = groups.any(dim=2) if config.training.frame_padding == "any" else groups.all(dim=2)
+    return torch.cat([frames_is_pad[:, :1], later], dim=1)
 
 
 def needed(layout: Layout, modes: list[Mode], reach: Reach) -> Layout:
