@@ -114,8 +114,9 @@ def sample(
     Raises:
         ValueError: a mode that needs `given` without it, or guidance of a situation that is not guided.
     """
-    if how.guidance != 1 and not at.guided:
-        raise ValueError(f"guidance {how.guidance} compares two instructions, but this memory was written with one; open the session with guidance, or use guidance 1")
+    if how.guided and not at.guided:
+        scale = how.guidance if how.guidance != 1 else how.action_guidance
+        raise ValueError(f"guidance {scale} compares two instructions, but this memory was written with one; open the session with guidance, or use guidance 1")
     if mode.name in ("forward", "inverse"):
         if given is None:
             raise ValueError(f"mode {mode.name!r} needs {'actions' if mode.name == 'forward' else 'a future video'} to be given")
@@ -209,7 +210,7 @@ def _denoise(
 ) -> Sample:
     """Step the tokens of `live` (V before A) along their grids, from pure noise to `stop`."""
     video_moves = Kind.V in live and Kind.V not in mode.pinned
-    at = at if video_moves or not at.guided else conditional(at)  # guidance acts on video; what moves actions alone needs one side
+    at = at if not at.guided or video_moves or how.action_guidance != 1 else conditional(at)  # actions that nothing guides need one side
     tracks = {kind: _track(model, mode, at, noise, how, kind, given, stop) for kind in live}
     steps = how.steps if video_moves or how.action_steps is None else how.action_steps
     view, reuse = model.view(at.cache, mode.table, live, at.blocks), make_reuse(how.reuse, steps, how.evaluations)
@@ -239,14 +240,15 @@ def _track(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how
         x = given if level == 0 and given is not None else start
         return _Track(x, torch.full((1,), TIMESTEPS * level, device=model.device), None, held, axis, keep)
     steps = how.steps if video or how.action_steps is None or Kind.V in mode.denoised else how.action_steps
-    grid = make_grid(how.solver, steps, config.video.shift if video else config.action.shift)
+    shift = (how.video_shift or config.video.shift) if video else (how.action_shift or config.action.shift)
+    grid = make_grid(how.solver, steps, shift)
     final = max(stop, how.video_final if mode.denoised == (Kind.V, Kind.A) else 0.0) if video else 0.0
     grid = grid.ending_at(final) if final > 0 else grid
     return _Track(start, grid.timesteps.to(model.device), make_solver(how.solver, grid), held, axis, keep)
 
 
 def _velocities(model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, tokens: dict[Kind, tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
-    """The network's velocities of video and actions, guided where both sides are there: video goes away from the negative side, actions are the condition's."""
+    """The network's velocities of video and actions, guided where both sides are there; unless guided, actions are the condition's."""
     parts: dict[str, Any] = {}
     for kind, (x, t) in tokens.items():
         names = ("video_BCFHW", "video_t_BF") if kind is Kind.V else ("action_BTA", "action_t_BT")
@@ -257,7 +259,9 @@ def _velocities(model: WorldActionModel, view: View, at: Situation, how: Samplin
     if not at.guided:
         return video, action
     rows = at.rows
-    return None if video is None else guidance(video[:rows].float(), video[rows:].float(), how.guidance), None if action is None else action[:rows]
+    if action is not None:
+        action = action[:rows] if how.action_guidance == 1 else guidance(action[:rows].float(), action[rows:].float(), how.action_guidance)
+    return None if video is None else guidance(video[:rows].float(), video[rows:].float(), how.guidance), action
 
 
 def _rows(at: Situation, x: Tensor) -> Tensor:
