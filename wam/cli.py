@@ -462,6 +462,44 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"wrote {args.dst}")
 
 
+BENCH = """\
+Measure how fast the network is: training and cached steps side by side with diffusers' own model over as many tokens,
+modes and chunks against each other, what a session computes only once; and for the released sizes (on a GPU) every
+stage of a chunk and of training against the machine's own matmul rate. Both sides run in turns, call by call.
+
+examples:
+  wam bench model                                                widths 256, 512 and 1024 on this CPU
+  wam bench model --sizes 256 --quick                            only to see that all runs
+  wam bench model --device cuda --sizes 1.3b,5b,14b --json gpu.json
+  wam bench model --markdown --json cpu.json                     tables as docs/benchmarks.md has them
+
+prints: the tables, and which limits hold; exit code 0 unless --check is given and one does not
+writes: nothing, or every number as JSON (--json)
+"""
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="WHAT", choices=("model",), help="model")
+    parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--sizes", metavar="A,B", help="widths, and 1.3b, 5b, 14b, tiny (default: 256,512,1024 on a CPU, 1.3b,5b,14b on a GPU)")
+    parser.add_argument("--dtype", metavar="NAME", help="float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument("--threads", metavar="N", type=int, default=1, help="of a CPU (default: 1)")
+    parser.add_argument("--repeats", metavar="N", type=int, default=9, help="rounds of both sides (default: 9)")
+    parser.add_argument("--quick", action="store_true", help="two rounds and short sessions: shows that all runs, not how fast")
+    parser.add_argument("--check", action="store_true", help="exit with an error where a limit does not hold")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every number to FILE")
+    parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from wam.evaluation.bench.run import Options, bench_model
+
+    chosen = {name: value for name, value in vars(args).items() if name in Options.__dataclass_fields__}
+    words = [w for flag in ("device", "sizes", "dtype", "threads", "repeats") if (value := getattr(args, flag)) != args.parser.get_default(flag) for w in (f"--{flag}", str(value))]
+    chosen["sizes"] = tuple(size for size in (args.sizes or "").split(",") if size)
+    bench_model(Options(**{**chosen, "command": " ".join(["wam bench model", *words, *(["--quick"] if args.quick else [])])}))
+
+
 @dataclass(frozen=True)
 class Command:
     """One `wam` command: `summary` is its line in `wam --help`, `about` its own help text."""
@@ -483,6 +521,7 @@ COMMANDS = (
     Command("demo", "collect, train, drive and report one task", DEMO, _demo_arguments, _demo),
     Command("report", "write the report of a run again", REPORT, _report_arguments, _report),
     Command("conformance", "compute the released systems' own numbers again", CONFORMANCE, _conformance_arguments, _conformance),
+    Command("bench", "measure how fast the network is", BENCH, _bench_arguments, _bench),
 )
 
 
