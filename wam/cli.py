@@ -385,6 +385,7 @@ def _report(args: argparse.Namespace) -> None:
 CONFORMANCE = """\
 Compute again what the released systems computed: tiny weights under the released names go through the converter into
 this network, and every stored output is compared. Exit code 0 only if all are within tolerance; none is left out.
+Tables of levels (schedules.json) and lists of a checkpoint's tensors (dreamzero_keys_*.json) are checked too.
 
 examples:
   wam conformance cases/fastwam_base.json
@@ -397,7 +398,7 @@ writes: nothing, or the numbers as JSON (--json)
 
 
 def _conformance_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cases", metavar="CASE.json", type=Path, nargs="+", help="a case; its tensors lie beside it in CASE.safetensors")
+    parser.add_argument("cases", metavar="CASE.json", type=Path, nargs="+", help="a case, its tensors beside it in CASE.safetensors; or a table or list that stands alone")
     parser.add_argument("--tolerance", metavar="X", type=float, default=1e-5, help="largest relative L2 error (default: 1e-5); the largest absolute error may be ten times that")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to FILE")
 

@@ -108,6 +108,11 @@ class KVCache:
         """Forget a kind of one block per row (a provisional, imagined one)."""
         self.blocks_BS[(self.kinds_BS == int(kind)) & (self.blocks_BS == torch.tensor(block_B).unsqueeze(1))] = _EMPTY
 
+    def forget_before(self, frame: int) -> None:
+        """Forget video frames before a latent frame, wherever in a block that is, and the first frame like any other (as DreamZero's window does)."""
+        video = torch.isin(self.kinds_BS, torch.tensor([int(Kind.H), int(Kind.VC)]))
+        self.blocks_BS[video & (self.positions_BS4[..., 0] < frame)] = _EMPTY
+
     def forget(self, kind: Kind, block_B: list[int]) -> None:
         """Forget for good what lies beyond the reach of a query of `kind` in each row's block."""
         q_kind, q_block = torch.full((self.batch, 1), int(kind)), torch.tensor(block_B).unsqueeze(1)

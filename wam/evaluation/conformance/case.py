@@ -82,7 +82,7 @@ def load_case(path: Path) -> Case:
         FileNotFoundError: one of the two files is missing.
         ValueError: not a case, damaged, or files that do not belong together; names what differs.
     """
-    spec = _read_spec(path)
+    spec = _checked(read_json(path), path)
     file = path.with_suffix(".safetensors")
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no tensors: {file} is missing; a case is a pair of files with one name")
@@ -102,15 +102,27 @@ def load_case(path: Path) -> Case:
     return case
 
 
-def _read_spec(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: no such file; names those there are.
+        ValueError: not JSON, or not an object.
+    """
     if not path.is_file():
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
         raise FileNotFoundError(f"no case {path}; JSON files in {path.parent}/: {near or 'none'}")
     try:
-        spec = json.loads(path.read_text())
+        spec = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the pair again") from error
-    if not isinstance(spec, dict) or "format" not in spec:
+    if not isinstance(spec, dict):
+        raise ValueError(f"{path} is not a conformance case: it holds a {type(spec).__name__}; give the JSON of a case")
+    return spec
+
+
+def _checked(spec: dict[str, Any], path: Path) -> dict[str, Any]:
+    if "format" not in spec:
         raise ValueError(f"{path} is not a conformance case: it has no field 'format'; give the JSON of a case")
     if spec["format"] != FORMAT:
         raise ValueError(f"{path} has format {spec['format']!r}; this version reads {FORMAT!r}")

@@ -36,6 +36,7 @@ class Result:
 
     Attributes:
         unused: released weights that the release stores and never uses.
+        refused: why nothing of it was computed, where that is so.
     """
 
     case: str
@@ -43,6 +44,7 @@ class Result:
     system: str
     lines: list[Line] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    refused: str = ""
 
     @property
     def passed(self) -> bool:
@@ -59,7 +61,7 @@ class Result:
         outputs = [{k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in asdict(line).items()} for line in self.lines]
         worst = self.worst
         finite = worst if worst is not None and worst < float("inf") else None
-        return {"case": self.case, "path": self.path, "system": self.system, "passed": self.passed, "worst_relative_l2": finite, "outputs": outputs, "unused_weights": self.unused}
+        return {"case": self.case, "path": self.path, "system": self.system, "passed": self.passed, "worst_relative_l2": finite, "outputs": outputs, "unused_weights": self.unused, "refused": self.refused}
 
 
 def compare(name: str, stored: Tensor, ours: Tensor, tolerance: float = RELATIVE_L2) -> Line:
@@ -77,6 +79,8 @@ def compare(name: str, stored: Tensor, ours: Tensor, tolerance: float = RELATIVE
 
 def render(result: Result) -> str:
     """A case as text: one row an output."""
+    if result.refused:
+        return f"{result.case}: FAIL  {result.refused}"
     width = max((len(line.output) for line in result.lines), default=6)
     rows = [f"{result.case} ({result.system}): {result.path}", f"  {'output':<{width}}  {'max abs':>9}  {'rel. L2':>9}"]
     for line in result.lines:

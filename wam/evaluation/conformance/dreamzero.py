@@ -2,16 +2,17 @@
 
     train/*, objective/*                  a window of all blocks, the noisy first frame predicted too; losses, gradients by released name
     infer_{mask}/*, infer/*               block by block against the cache, on the training window's own noisy inputs
-    sample/{mask}_{full|skip}{n}/chunk{c} plans: UniPC, guidance on video, every step evaluated or n of them
+    sample/{mask}_{full|skip}{n}/chunk{c} a plan: UniPC, guidance on video, every step evaluated or n of them
     img_emb/*, clip{width}/*              the image branch; the latter with weights that are drawn again by the case's recipe
 
 Mask `trainmask` is the training table; `released` also lets the state see its whole surroundings, as the release's cached inference does.
+Its cache holds the last `local_attn_size` latent frames and lets the first one go like any other; in training nothing is forgotten.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,7 @@ NAME = "dreamzero"
 MODE = "joint_mutual"
 RELEASED = {"S->H": "all", "S->Vc": "<", "S->V": "=", "S->A": "="}  # what the release's cached inference opens to the state
 INFER = r"infer_(released|trainmask)/"
-SAMPLE = r"sample/(released|trainmask)_(full|skip)(\d+)/"
+SAMPLE = r"sample/(released|trainmask)_(full|skip)(\d+)/chunk(\d+)/"
 STEPS = 16  # of the release
 
 
@@ -55,6 +56,12 @@ class Setup:
         """The table in training, or of the release's cached inference."""
         cells = self.model.config.relations.cells | (RELEASED if mask == "released" else {})
         return Relations(RelationsConfig(cells)).mode(MODE)
+
+    @property
+    def window(self) -> int | None:
+        """Latent frames that the release's cache holds; None: all."""
+        frames = int(self.case.spec.get("local_attn_size", -1))
+        return frames if frames > 0 else None
 
     @property
     def table(self) -> Tensor:
@@ -89,14 +96,11 @@ def _config(case: Case, shapes: dict[str, tuple[int, ...]]) -> Config:
     settings = case.field(dict, "config")
     channels, size = case.field(int, "axes", "C"), (case.field(int, "axes", "H"), case.field(int, "axes", "W"))
     blocks, frames = case.field(int, "axes", "N_blocks"), case.field(int, "axes", "F")
-    window = case.spec.get("local_attn_size", -1)
-    if settings.get("sink_size", 0) != 0 or (window != -1 and window < frames):
-        raise ValueError(f"{case.path}: local_attn_size {window} and sink_size {settings.get('sink_size')} with {frames} frames; only a window that holds them all is known here")
-    if settings.get("eps", 1e-6) != 1e-6:
-        raise ValueError(f"{case.path}: config.eps is {settings['eps']}; only 1e-06 is known here")
+    if frames != 1 + blocks * case.field(int, "config", "num_frame_per_block"):
+        raise ValueError(f"{case.path}: axes.F is {frames}; expected 1 + N_blocks x num_frame_per_block: a first frame and {blocks} blocks")
     around = outside(channels, size, case.field(int, "config", "text_dim"), case.field(int, "config", "text_len"))
     states = case.field(int, "config", "num_state_per_block")
-    timeline = {"blocks": blocks, "history": blocks, "frame_stride": None} | ({"states_per_block": states} if states != 1 else {})
+    timeline = {"blocks": blocks, "history": blocks, "frame_stride": None, "states_per_block": states}
     return dreamzero.model_config(shapes, settings, {**around, "image": {"kind": "none"}, "timeline": timeline}, str(case.path))
 
 
@@ -105,7 +109,7 @@ def _stage(setup: Setup, prefix: str) -> dict[str, Tensor]:
     if infer := re.match(INFER, prefix):
         return _infer(setup, infer[1])
     if plan := re.match(SAMPLE, prefix):
-        return _sample(setup, prefix, plan[1], plan[2] == "full", int(plan[3]))
+        return _sample(setup, prefix, plan[1], plan[2] == "full", int(plan[3]), int(plan[4]))
     if prefix == "sample/timesteps":
         steps = setup.case.outputs[prefix].shape[0]
         return {prefix: make_grid("unipc", steps, setup.model.config.noise.video.shift).timesteps}
@@ -205,14 +209,18 @@ def _infer(setup: Setup, mask: str) -> dict[str, Tensor]:
     given, model, t = setup.case.input, setup.model, setup.model.config.timeline
     k, A, table = t.latents_per_block, t.actions_per_block, setup.mode(mask).table
     clean, state = given("clean_latents"), given("state")
-    batch, states = len(clean), state.shape[1] // t.blocks
+    batch, states = len(clean), t.states_per_block
     conditions, cache, robot = model.prepare(_conditions(setup)), model.new_cache(batch), _robot(batch)
     model.prefill(cache, table, Kind.H, clean[:, :, :1], [FIRST_BLOCK] * batch, conditions, robot)
     out: dict[str, Tensor] = {}
     videos, actions = [], []
     for block in range(t.blocks):
         if block > 0:
+            _forget(setup, cache, block - 1)
             model.prefill(cache, table, Kind.VC, _block(clean, block - 1, k, 2, 1), [block - 1] * batch, conditions, robot)
+        if block == t.blocks - 1:
+            out |= _cached(cache, table, block)
+        _forget(setup, cache, block)
         noisy = Noisy(
             _block(given("noisy_latents"), block, k, 2, 1),
             _block(given("t_frame"), block, k, 1, 1),
@@ -225,8 +233,13 @@ def _infer(setup: Setup, mask: str) -> dict[str, Tensor]:
         assert video is not None and action is not None
         videos.append(video)
         actions.append(action)
-    out |= {f"infer_{mask}/video_velocity": torch.cat(videos, dim=2), f"infer_{mask}/action_velocity": torch.cat(actions, dim=1)}
-    return out | _cached(cache, table, t.blocks - 1)
+    return out | {f"infer_{mask}/video_velocity": torch.cat(videos, dim=2), f"infer_{mask}/action_velocity": torch.cat(actions, dim=1)}
+
+
+def _forget(setup: Setup, cache: KVCache, block: int) -> None:
+    """What a block no longer sees, its own frames counted in."""
+    if setup.window is not None:
+        cache.forget_before(setup.model.clock.frames(block)[-1] + 1 - setup.window)
 
 
 def _cached(cache: KVCache, table: Any, block: int) -> dict[str, Tensor]:
@@ -237,34 +250,38 @@ def _cached(cache: KVCache, table: Any, block: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _sample(setup: Setup, prefix: str, mask: str, full: bool, number: int) -> dict[str, Tensor]:
-    """Plans of the case's chunks; every chunk but the first also sees the clean video of the one before."""
+def _sample(setup: Setup, prefix: str, mask: str, full: bool, number: int, chunk: int) -> dict[str, Tensor]:
+    """The plan of one chunk, after the first frame and the clean video of the chunks before."""
     given, model, t, mode = setup.case.input, setup.model, setup.model.config.timeline, setup.mode(mask)
-    steps = number if full else setup.case.outputs["sample/timesteps"].shape[0] if "sample/timesteps" in setup.case.outputs else STEPS
-    s = model.config.sampling
-    how = SamplingConfig(solver=s.solver, steps=steps, guidance=s.guidance, reuse="none" if full else "mask", evaluations=number)
+    start = model.clock.frames(chunk)[0]
+    if setup.window is not None and start >= setup.window:
+        raise ValueError(f"chunk {chunk} begins at frame {start}, by when the release, with local_attn_size {setup.window}, has begun anew from a frame that the case does not name")
     clean, state = given("clean_latents"), given("state")
-    batch, states = len(clean), state.shape[1] // t.blocks
+    batch, states = len(clean), t.states_per_block
     rows, robot = 2 * batch, _robot(2 * batch)
     conditions, cache = model.prepare(_conditions(setup, ("text_context", "text_context_neg"))), model.new_cache(rows)
-    out: dict[str, Tensor] = {}
-    chunks = 1 + max(int(found[1]) for name in setup.case.outputs if (found := re.match(rf"{re.escape(prefix)}chunk(\d+)/", name)))
-    for chunk in range(chunks):
-        frames = clean[:, :, :1] if chunk == 0 else _block(clean, chunk - 1, t.latents_per_block, 2, 1)
-        model.prefill(cache, mode.table, Kind.H if chunk == 0 else Kind.VC, torch.cat([frames] * 2), [chunk - 1] * rows, conditions, robot)
-        now = torch.cat([_block(state, chunk, states, 1)] * 2)
-        at = Situation(cache, [chunk] * rows, conditions, robot, state_BnS=now, guided=True)
-        taken: list[Step] = []
-        plan = sample(model, mode, at, Noise(given("sample_noise_action"), given("sample_noise_video")), how, watch=taken.append)
-        assert plan.video_BCFHW is not None and plan.action_BTA is not None
-        name = f"{prefix}chunk{chunk}/"
-        out |= {f"{name}video": plan.video_BCFHW, f"{name}action": plan.action_BTA}
-        out[f"{name}video_steps"] = torch.stack([x for step in taken if (x := step.sample.video_BCFHW) is not None])
-        out[f"{name}action_steps"] = torch.stack([x for step in taken if (x := step.sample.action_BTA) is not None])
-        for step in taken:
-            assert step.video_velocity is not None and step.action_velocity is not None
-            out |= {f"{name}video_velocity_step{step.index}": step.video_velocity, f"{name}action_velocity_step{step.index}": step.action_velocity}
-    return out
+    for block in range(chunk + 1):
+        frames = clean[:, :, :1] if block == 0 else _block(clean, block - 1, t.latents_per_block, 2, 1)
+        model.prefill(cache, mode.table, Kind.H if block == 0 else Kind.VC, torch.cat([frames] * 2), [block - 1] * rows, conditions, robot)
+    now = torch.cat([_block(state, chunk, states, 1)] * 2)
+    at = Situation(cache, [chunk] * rows, conditions, robot, state_BnS=now, guided=True)
+    taken: list[Step] = []
+    plan = sample(model, mode, at, Noise(given("sample_noise_action"), given("sample_noise_video")), _how(setup, full, number), watch=taken.append)
+    assert plan.video_BCFHW is not None and plan.action_BTA is not None
+    out = {"video": plan.video_BCFHW, "action": plan.action_BTA}
+    out["video_steps"] = torch.stack([x for step in taken if (x := step.sample.video_BCFHW) is not None])
+    out["action_steps"] = torch.stack([x for step in taken if (x := step.sample.action_BTA) is not None])
+    for step in taken:
+        assert step.video_velocity is not None and step.action_velocity is not None
+        out |= {f"video_velocity_step{step.index}": step.video_velocity, f"action_velocity_step{step.index}": step.action_velocity}
+    return {prefix + name: tensor for name, tensor in out.items()}
+
+
+def _how(setup: Setup, full: bool, number: int) -> SamplingConfig:
+    """`full{n}` evaluates each of n steps, `skip{n}` n of the release's."""
+    s, grid = setup.model.config.sampling, setup.case.outputs.get("sample/timesteps")
+    steps = number if full else STEPS if grid is None else len(grid)
+    return replace(s, steps=steps, reuse="none" if full else "mask", evaluations=number)
 
 
 # ------------------------------------------------------------------------------------------------ the image branch at another width

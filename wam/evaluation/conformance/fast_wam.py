@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wam.config import SamplingConfig
 from wam.convert import fast_wam
 from wam.convert.keys import KeyMap
 from wam.evaluation.conformance.build import build, gradient_norms, outside
@@ -30,9 +29,10 @@ from wam.model.wam import Hidden, Window, WorldActionModel
 from wam.relations import Mode, Reach, dense_masks
 from wam.timeline import FIRST_BLOCK, Kind
 from wam.training.noise import level_weights
-from wam.training.objective import Losses, action_errors, video_errors
+from wam.training.objective import Losses, action_errors, latent_padding, video_errors
 
 NAME = "fast_wam"
+MASK = "first_frame_causal"  # the first frame sees itself, other frames see all
 MODES = {"base": "skip", "joint": "joint", "idm": "imagine"}
 
 
@@ -60,13 +60,17 @@ def prepare(case: Case) -> Plan:
     variant = case.field(str, "config", "variant")
     if variant not in MODES:
         raise ValueError(f"{case.path}: config.variant is {variant!r}; expected one of {', '.join(MODES)}")
-    _check_config(case)
+    mask = case.spec["config"]["video_dit_config"].get("video_attention_mask_mode", MASK)
+    if mask != MASK:
+        raise ValueError(f"{case.path}: config.video_dit_config.video_attention_mask_mode is {mask!r}; only {MASK!r} is known here, which every release has")
     frames, h, w = (case.field(int, "axes", axis) for axis in ("T", "h", "w"))
     video = ("config", "video_dit_config")
     above = {
         **outside(case.field(int, *video, "in_dim"), (h, w), case.field(int, *video, "text_dim"), case.field(int, "axes", "L")),
         "timeline": {"latents_per_block": frames - 1, "actions_per_block": case.field(int, "axes", "Ta"), "frame_stride": None},
         "noise": {name: {"shift": case.field(float, "config", f"{name}_scheduler", "train_shift")} for name in ("video", "action")},
+        "sampling": {f"{name}_shift": case.field(float, "config", f"{name}_scheduler", "infer_shift") for name in ("video", "action")},
+        "model": {"eps": _eps(case)},
         "training": {f"{name}_weight": case.field(float, "config", "loss", f"lambda_{name}") for name in ("video", "action")},
     }
     shapes = {name: tuple(weight.shape) for name, weight in case.weights.items()}
@@ -76,16 +80,16 @@ def prepare(case: Case) -> Plan:
     return Plan(NAME, tuple(_stages(setup)), unused)
 
 
-def _check_config(case: Case) -> None:
-    """What a case could say, and this network does not do."""
-    for part in ("video_dit_config", "action_dit_config"):
-        eps = case.field(float, "config", part, "eps")
-        if eps != 1e-6:
-            raise ValueError(f"{case.path}: config.{part}.eps is {eps}; only 1e-06 is known here")
-    for part in ("video_scheduler", "action_scheduler"):
-        train, infer = (case.field(float, "config", part, f"{when}_shift") for when in ("train", "infer"))
-        if train != infer:
-            raise ValueError(f"{case.path}: config.{part} trains with shift {train} and samples with {infer}; only one shift for both is known here")
+def _eps(case: Case) -> float:
+    """Of both experts' norms.
+
+    Raises:
+        ValueError: the two have different ones.
+    """
+    video, action = (case.field(float, "config", part, "eps") for part in ("video_dit_config", "action_dit_config"))
+    if video != action:
+        raise ValueError(f"{case.path}: config.video_dit_config.eps is {video} and config.action_dit_config.eps is {action}; only one eps for both experts is known here")
+    return video
 
 
 def _stages(setup: Setup) -> list[Stage]:
@@ -158,9 +162,9 @@ def _train(setup: Setup) -> dict[str, Tensor]:
 
 
 def _losses(setup: Setup, window: Window, video: Tensor, action: Tensor) -> Losses:
-    """The objective's errors; a latent frame is padding when all of its pixel frames are, as the release has it."""
+    """The objective's errors."""
     given, config = setup.case.input, setup.model.config
-    frame_pad = given("train/image_is_pad").bool()[:, 1:].unflatten(1, (-1, config.timeline.temporal_stride)).all(dim=2)
+    frame_pad = latent_padding(given("train/image_is_pad").bool(), config)[:, 1:]
     action_seen = ~given("train/action_is_pad").bool()
     targets = (
         velocity_target(given("train/latents"), given("train/noise_video"))[:, :, 1:],
@@ -195,7 +199,7 @@ def _infer(setup: Setup, prefix: str, with_video: bool, steps: int) -> dict[str,
     at = Situation(cache, [0] * len(first), conditions, rows)
     taken: list[Step] = []
     noise = Noise(given("infer/noise_action"), given("infer/noise_video")[:, :, 1:])
-    plan = sample(model, mode, at, noise, SamplingConfig(solver=model.config.sampling.solver, steps=steps), with_video=with_video, watch=taken.append)
+    plan = sample(model, mode, at, noise, model.config.sampling.with_steps(steps), with_video=with_video, watch=taken.append)
     out = _trajectory(taken, plan, first, _first_velocity(model, hidden, first, slice(0, model.clock.patches)))
     if mode.name == "imagine" and plan.video_BCFHW is not None:
         model.prefill(cache, mode.table, Kind.VC, plan.video_BCFHW, at.blocks, conditions, rows)

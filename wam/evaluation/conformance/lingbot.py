@@ -4,8 +4,8 @@
     chunk{c}/*                  plan: video from noise, imagined video into the cache, actions from noise; then the real ones in its place
     cache/after_{stage}_chunk{c}/*   the released pool of slots at that moment, seen in our cache (`slots`)
 
-Rows are the instruction and, with guidance, the negative one.  The release runs actions for both, so outputs of "both contexts" come
-from calls for both; the plan itself is `sample`.
+Rows are the instruction and, with guidance of video or of actions, the negative one.  The release runs actions for both even where they
+are not guided, so outputs of "both contexts" come from calls for both; the plan itself is `sample`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from wam.solvers import make_grid
 from wam.timeline import Kind
 
 NAME = "lingbot_va"
+SCALES = ("guidance_scale", "action_guidance_scale")  # above 1, the stream is guided
 STREAMS = {Kind.VC: "video", Kind.AC: "action"}
 
 
@@ -69,10 +70,6 @@ def prepare(case: Case) -> Plan:
 def _network(case: Case, frames: int) -> tuple[WorldActionModel, tuple[str, ...]]:
     """The network with blocks of `frames` latent frames: a call without a cache may be of another length than a chunk."""
     released, per_frame = case.field(dict, "config"), case.field(int, "job", "action_per_frame")
-    if case.field(int, "job", "video_exec_step") != -1:
-        raise ValueError(f"{case.path}: job.video_exec_step is {case.field(int, 'job', 'video_exec_step')}; only -1, video that is denoised to the end, is known here")
-    if case.field(float, "job", "action_guidance_scale") != 1:
-        raise ValueError(f"{case.path}: job.action_guidance_scale is {case.field(float, 'job', 'action_guidance_scale')}; only 1 is known here: guidance acts on video")
     channels = case.field(list, "job", "used_action_channel_ids")
     size = (case.field(int, "job", "latent_height"), case.field(int, "job", "latent_width"))
     above = {
@@ -136,9 +133,9 @@ def _single(case: Case, model: WorldActionModel) -> dict[str, Tensor]:
 
 
 def _both_contexts(case: Case) -> bool:
-    """Did the release run the negative instruction too?  Its calls say so; without any in the case, its rule does: with guidance."""
+    """Did the release run the negative instruction too?  Its calls say so; without any in the case, its rule does: with guidance of either stream."""
     calls = [tensor.shape[0] for name, tensor in case.outputs.items() if re.match(r"chunk\d+/.*tokens_out", name)]
-    return calls[0] == 2 if calls else case.field(float, "job", "guidance_scale") > 1
+    return calls[0] == 2 if calls else max(case.field(float, "job", scale) for scale in SCALES) > 1
 
 
 class _Rollout:
@@ -147,9 +144,11 @@ class _Rollout:
     def __init__(self, case: Case, model: WorldActionModel):
         self.case, self.model, self.mode = case, model, model.relations.mode("imagine")
         job = case.spec["job"]
+        if job.get("video_exec_step", -1) != -1:
+            raise ValueError(f"job.video_exec_step is {job['video_exec_step']}; only -1 is known here, video that is denoised to the end: of any other, the case does not say where its video stops and at which level it is cached")
         self.guided = _both_contexts(case)
-        scale = float(job["guidance_scale"]) if self.guided else 1.0
-        self.how = SamplingConfig(steps=job["num_inference_steps"], action_steps=job["action_num_inference_steps"], guidance=scale)
+        scales = [max(1.0, case.field(float, "job", scale)) if self.guided else 1.0 for scale in SCALES]
+        self.how = SamplingConfig(steps=job["num_inference_steps"], action_steps=job["action_num_inference_steps"], guidance=scales[0], action_guidance=scales[1])
         texts = [case.input("text_emb"), *([case.input("text_emb_neg")] if self.guided else [])]
         self.rows = len(texts)
         self.robot = torch.zeros(self.rows, dtype=torch.int64)
