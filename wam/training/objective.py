@@ -152,8 +152,8 @@ class Objective:
     def _window(self, batch: dict[str, Any], levels: LevelDraw, generator: torch.Generator) -> tuple[Window, Tensor, Tensor]:
         device, before = self.model.device, self.config.timeline.first_frame == "before"
         latents = self.codec.encode(batch["frames"].to(device))
-        m, robot = self.config.model, self.robot
-        action, executed = (pad_actions(m, robot, batch[k].to(device)) for k in ("action", "executed"))
+        m = self.config.model
+        action, executed = (self.actions_of(batch, key) for key in ("action", "executed"))
         state = pad_states(m, batch["state"].to(device))
         embodiment = torch.full((len(state),), self.model.embodiment_index(self.config.data.embodiment), device=device)
         future = latents[:, :, 1:] if before and levels.first_B1 is None else latents
@@ -175,6 +175,12 @@ class Objective:
             goal_BC1HW=self.codec.encode(batch["frames"][:, -1:].to(device)) if m.goal_image else None,
         )
         return window, velocity_target(future, noise[1]), velocity_target(action, noise[2])
+
+    def actions_of(self, batch: dict[str, Any], key: str) -> Tensor:
+        """A batch's actions (B, N A, .) on the device; zeros in place of those that would lead to a first frame inside block 0, as in a session."""
+        lead = self.config.timeline.lead
+        actions = pad_actions(self.config.model, self.robot, batch[key].to(self.model.device))
+        return torch.cat([torch.zeros_like(actions[:, :lead]), actions[:, lead:]], dim=1)
 
     def _conditions(self, batch: dict[str, Any], window: Window, generator: torch.Generator) -> Conditions:
         """`conditions_of`, with some of the instructions dropped."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wam.config import SamplingConfig
-from wam.model.actions import channels_of, pad_actions, pad_states
+from wam.model.actions import channels_of, pad_states
 from wam.model.sampling import Held, Noise, Situation, sample
 from wam.timeline import Kind
 from wam.training.objective import Objective
@@ -64,7 +64,7 @@ def _open_loop(objective: Objective, batch: dict[str, Any], generator: torch.Gen
     t, mode, size = config.timeline, model.relations.mode("skip"), len(batch["state"])
     k, A = t.latents_per_block, t.actions_per_block
     latents = objective.codec.encode(batch["frames"].to(model.device))
-    state, executed = pad_states(config.model, batch["state"].to(model.device)), pad_actions(config.model, robot, batch["executed"].to(model.device))
+    state, executed = pad_states(config.model, batch["state"].to(model.device)), objective.actions_of(batch, "executed")
     embodiment = torch.full((size,), model.embodiment_index(robot.name), device=model.device)
     conditions = model.prepare(objective.conditions_of(batch, state, embodiment))
     cache, before = model.new_cache(size), t.first_frame == "before"
@@ -84,6 +84,6 @@ def _open_loop(objective: Objective, batch: dict[str, Any], generator: torch.Gen
         action = sample(model, mode, Situation(cache, [block] * size, conditions, embodiment, live, held), noise, SamplingConfig()).action_BTA
         assert action is not None
         out.append(action[..., channels_of(robot)].cpu())
+        write(Kind.VC, latents[:, :, list(model.clock.frames(block))])  # first: in some tables executed actions see the video they led to
         write(Kind.AC, executed[:, block * A : (block + 1) * A])
-        write(Kind.VC, latents[:, :, list(model.clock.frames(block))])
     return torch.cat(out, dim=1)
