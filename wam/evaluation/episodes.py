@@ -25,10 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wam.config import SamplingConfig
 from wam.evaluation.environments import Floats, StepResult
 from wam.evaluation.vector import Observations, VectorEnv
 from wam.inference.session import Plan, Session
-from wam.config import SamplingConfig
 from wam.pretrained import Policy
 
 TOLERANCE = 0.05  # of the action box's width: a plan that lies on the edge, as experts' actions often do, overshoots by a little
