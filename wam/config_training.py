@@ -1,0 +1,124 @@
+"""Sections of a config that say how a model is trained: how noise levels are drawn and weighted, and the loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from wam.config_tree import require
+
+
+@dataclass(frozen=True)
+class LevelsConfig:
+    """How the levels of one kind of token are drawn (sigma in [0, 1]; see `wam.flow` and `wam.training.noise`).
+
+    A place u in the schedule is drawn, put into low..high and, with `table`, onto its grid; then it is shifted; then atoms replace it.
+    """
+
+    distribution: Literal["uniform", "beta", "logit_normal"] = "uniform"
+    alpha: float = 1.0  # beta: Beta(alpha, beta); above beta, levels gather at noise (DreamZero-Flash: 7, 1)
+    beta: float = 1.0
+    mean: float = 0.0  # logit_normal: of the logit of u; above 0, levels gather at noise (SD3: 0, 1)
+    std: float = 1.0
+    low: float = 0.0  # u lies in low..high
+    high: float = 1.0
+    shift: float = 1.0
+    at_zero: float = 0.0  # probability of exactly 0: given
+    at_one: float = 0.0  # probability of exactly 1: pure noise
+    per: Literal["sample", "block", "frame", "token"] = "block"  # what shares a draw; frame: a latent frame and the actions that lead to it; token: an action (of video: a frame)
+    table: int | None = None  # draw from this many equidistant places (DreamZero: 1000) instead of a continuum
+    weighting: Literal["none", "bump"] = "none"  # loss weight of a level
+
+    def __post_init__(self) -> None:
+        where = "noise: levels'"
+        for name in ("at_zero", "at_one"):
+            require(0 <= getattr(self, name) <= 1, f"{where} {name} is {getattr(self, name)}", "a probability lies in 0..1")
+        require(self.at_zero + self.at_one <= 1, f"{where} at_zero {self.at_zero} + at_one {self.at_one} is above 1", "lower one of them")
+        require(0 < self.shift < math.inf, f"{where} shift is {self.shift}", "a shift is positive; 1 leaves the levels as they are drawn")
+        for name in ("alpha", "beta", "std"):
+            require(0 < getattr(self, name) < math.inf, f"{where} {name} is {getattr(self, name)}", "it must be positive and finite")
+        require(math.isfinite(self.mean), f"{where} mean is {self.mean}", "it must be finite")
+        require(0 <= self.low < self.high <= 1, f"{where} low..high is {self.low}..{self.high}", "expected 0 <= low < high <= 1")
+        require(self.table is None or self.table >= 2, f"{where} table is {self.table}", "expected at least 2 entries, or null for a continuum")
+
+
+@dataclass(frozen=True)
+class VideoLevelsConfig(LevelsConfig):
+    """Levels of noisy video, with our defaults: much of it nearly or wholly noise, as where a plan begins."""
+
+    shift: float = 3.0
+    at_one: float = 0.3
+
+
+@dataclass(frozen=True)
+class HistoryLevelsConfig(LevelsConfig):
+    """Levels of noise on what was seen, with LingBot-VA's defaults: the cleaner half of its schedule."""
+
+    high: float = 0.5
+    shift: float = 5.0
+    per: Literal["sample", "block", "frame", "token"] = "frame"
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """How noise levels are drawn in training, apart for video, actions and what they are conditioned on (see `wam.training.noise`)."""
+
+    video: VideoLevelsConfig = VideoLevelsConfig()
+    action: LevelsConfig = LevelsConfig()
+    coupled: float = 0.5  # probability that a sample's actions take the video's place in the schedule (each with its own shift)
+    couple_always: bool = False  # in every mode (DreamZero); else only in modes where actions see noisy video
+    condition_probability: float = 0.5  # probability that clean video an action conditions on is noised, with its true level
+    condition: LevelsConfig = LevelsConfig()
+    history_probability: float = 0.0  # probability that all clean frames of a sample are noised, with their true levels (LingBot-VA: 0.5)
+    history: HistoryLevelsConfig = HistoryLevelsConfig()
+    prefix: float = 0.0  # probability that the first actions of a sample's blocks are given, as they are when plans overlap
+
+    def __post_init__(self) -> None:
+        for name in ("coupled", "condition_probability", "history_probability", "prefix"):
+            require(0 <= getattr(self, name) <= 1, f"noise.{name} is {getattr(self, name)}", "a probability lies in 0..1")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = 2000
+    max_minutes: float | None = None  # end early, with the learning rate annealed to zero, when the time is up
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    ema_decay: float = 0.995
+    action_weight: float = 1.0
+    video_weight: float = 1.0
+    state_dropout: float = 0.1  # probability that a sample's states are hidden, so that video can be imagined where no state is known
+    text_dropout: float = 0.0  # probability that a sample's instruction is the empty one: what guidance needs
+    goal_image: float = 0.0  # probability that a sample is given the window's last frame as its goal (needs model.goal_image)
+    predict_first_frame: bool = False  # the first frame is noised and predicted too (DreamZero)
+    frame_padding: Literal["any", "all"] = "any"  # a latent frame is padding when any of its pixel frames is, or only when all are (Fast-WAM)
+    reduction: Literal["supervised", "sample", "all"] = "supervised"  # errors over what is supervised in the batch; per sample first (Fast-WAM); over everything, padding included (DreamZero)
+    modes: dict[str, float] = field(default_factory=lambda: {"skip": 0.3, "joint": 0.2, "joint_mutual": 0.1, "imagine": 0.2, "forward": 0.2})
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    log_every: int = 20
+    validate_every: int = 500
+    validation_batches: int = 4
+    save_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "warmup_steps", "log_every", "validate_every", "save_every", "validation_batches"):
+            require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}", "it must be at least 1")
+        for name in ("learning_rate", "grad_clip"):
+            require(0 < getattr(self, name) < math.inf, f"training.{name} is {getattr(self, name)}", "it must be positive and finite")
+        for name in ("weight_decay", "action_weight", "video_weight", "seed"):
+            require(0 <= getattr(self, name) < math.inf, f"training.{name} is {getattr(self, name)}", "it must be at least 0 and finite")
+        require(self.max_minutes is None or self.max_minutes > 0, f"training.max_minutes is {self.max_minutes}", "expected minutes above 0, or null for no limit")
+        require(all(0 <= beta < 1 for beta in self.betas), f"training.betas is {list(self.betas)}", "expected two numbers, 0 <= beta < 1")
+        weights = self.modes.values()
+        require(all(0 <= p < math.inf for p in weights) and sum(weights) > 0, f"training.modes is {self.modes}", "weights are at least 0 and finite; give at least one mode a positive one")
+        for name in ("state_dropout", "text_dropout", "goal_image"):
+            require(0 <= getattr(self, name) <= 1, f"training.{name} is {getattr(self, name)}", "a probability lies in 0..1")
+        require(0 <= self.ema_decay < 1, f"training.ema_decay is {self.ema_decay}", "expected 0 (off) <= decay < 1")
