@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from wam.codec.clip_image import ClipImage
 from wam.codec.linear import LinearCodec
-from wam.config import Config, load_config
+from wam.config import CodecConfig, Config, load_config
 from wam.data.normalize import Normalizer
 from wam.model.wam import Window, WorldActionModel
 from wam.pretrained import Policy
@@ -66,13 +67,20 @@ def tiny_clip() -> ClipImage:
     return ClipImage(CLIPVisionModel(sizes).eval())
 
 
+@cache
+def tiny_codec(config: CodecConfig) -> LinearCodec:
+    """A codec fitted on noise."""
+    codec = LinearCodec(config)
+    codec.fit(torch.from_numpy(np.random.default_rng(0).integers(0, 255, (9, 4, *config.image_size, 3), dtype=np.uint8)))
+    return codec
+
+
 def tiny_policy(config: Config) -> Policy:
     """A random model with a fitted codec and normaliser, and an image encoder where the model takes its embeddings."""
-    rng, codec, m = np.random.default_rng(0), LinearCodec(config.codec), config.model
-    codec.fit(torch.from_numpy(rng.integers(0, 255, (9, 4, *config.codec.image_size, 3), dtype=np.uint8)))
+    rng, m = np.random.default_rng(0), config.model
     robot = m.embodiment(config.data.embodiment)
     normalizer = Normalizer.fit({"state": rng.normal(size=(50, robot.state_dim)), "action": rng.uniform(-1, 1, (50, robot.action_dim))})
-    return Policy(config, tiny_model(config), codec, normalizer.to_dict(), {"control_hz": 80}, tiny_clip() if m.image_dim else None)
+    return Policy(config, tiny_model(config), tiny_codec(config.codec), normalizer.to_dict(), {"control_hz": 80}, tiny_clip() if m.image_dim else None)
 
 
 # ------------------------------------------------------------------------------------------------ episodes
