@@ -19,6 +19,7 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbed
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wam.model.backbone import Attend, Backbone, Context, Levels, Modulation, block_forward, embed_levels, text_keys_values
 
@@ -114,7 +115,7 @@ def run_both(
     for layer in range(len(backbone.blocks)):
         forward = layer_of(layer)
         if torch.is_grad_enabled() and backbone.gradient_checkpointing:
-            x_BLD, x_BAE = torch.utils.checkpoint.checkpoint(forward, x_BLD, x_BAE, use_reentrant=False)
+            x_BLD, x_BAE = checkpoint(forward, x_BLD, x_BAE, use_reentrant=False)
         else:
             x_BLD, x_BAE = forward(x_BLD, x_BAE)
     return x_BLD, x_BAE
