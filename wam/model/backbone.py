@@ -185,6 +185,19 @@ class Context:
         return Context(self.rows_B[rows], self.text_UTD, self.text_keys_values, image, image_kv)
 
 
+    def followed_by(self, more: Context) -> Context:
+        """Each sample's text, and then the text of `more`; keys and values are joined where both have them, and not computed again."""
+        texts = None if self.text_UTD is None or more.text_UTD is None else self._join(self.text_UTD, more.text_UTD, more.rows_B)
+        ahead = None
+        if self.text_keys_values is not None and more.text_keys_values is not None:
+            pairs = zip(self.text_keys_values, more.text_keys_values, strict=True)
+            ahead = tuple((self._join(k, k2, more.rows_B), self._join(v, v2, more.rows_B)) for (k, v), (k2, v2) in pairs)
+        return replace(self, rows_B=torch.arange(len(self.rows_B), device=self.rows_B.device), text_UTD=texts, text_keys_values=ahead)
+
+    def _join(self, mine: Tensor, theirs: Tensor, rows_B: Tensor) -> Tensor:
+        return torch.cat([mine[self.rows_B], theirs[rows_B]], dim=1)
+
+
 def _heads(x: Tensor, attn: WanAttention) -> Tensor:
     return x.unflatten(-1, (attn.heads, -1))
 

@@ -215,12 +215,14 @@ class WorldActionModel(nn.Module):
     def with_state(self, conditions: Conditions, state_BS: Tensor, embodiment_B: Tensor) -> Conditions:
         """The conditions with each row's state as the last token of its text (`model.state: context`)."""
         assert self.state_encoder is not None
-        token_B1E = self.state_encoder(state_BS.unsqueeze(1), embodiment_B)
-        text = torch.cat([conditions.text_UTE[conditions.rows_B], token_B1E.type_as(conditions.text_UTE)], dim=1)
-        rows = torch.arange(len(text), device=text.device)
-        out = self.embed_text(text, rows)
-        video = replace(out.video, image_BMD=conditions.video.image_BMD, image_keys_values=conditions.video.image_keys_values)
-        return replace(out, video=video, first_frame_BCFHW=conditions.first_frame_BCFHW)
+        token_B1E = self.state_encoder(state_BS.unsqueeze(1), embodiment_B).type_as(conditions.text_UTE)
+        rows = torch.arange(len(token_B1E), device=token_B1E.device)
+        state = self.embed_text(token_B1E, rows)
+        if conditions.video.text_keys_values is not None:  # of the instruction they are there already
+            state = self.prepare(state)
+        action = None if conditions.action is None or state.action is None else conditions.action.followed_by(state.action)
+        text = torch.cat([conditions.text_UTE[conditions.rows_B], token_B1E], dim=1)
+        return replace(conditions, text_UTE=text, rows_B=rows, video=conditions.video.followed_by(state.video), action=action)
 
     def with_image(self, conditions: Conditions, image_BMI: Tensor) -> Conditions:
         """The conditions with each row's image embeddings (B, M, image_dim)."""
