@@ -253,9 +253,9 @@ class Session:
         normal, self.origin = None, state
         if state is not None and self.model.state_encoder is not None:
             normal = pad_states(self.config.model, torch.from_numpy(self.normalizer.normalize("state", state.astype(np.float32)))).to(self.model.device)
-        if normal is not None and self.config.model.state == "context":
-            self.conditions = self.model.prepare(self.model.with_state(self.conditions, self._both(normal), self.embodiment_B))
         begins = self.block == FIRST_BLOCK
+        if begins and normal is not None and self.config.model.state == "context":
+            self.conditions = self.model.prepare(self.model.with_state(self.conditions, self._both(normal), self.embodiment_B))
         if begins and self._first_inside:
             self.first = latents
         elif begins:
