@@ -47,7 +47,7 @@ class Conditions:
         return None if self.first_frame_BCFHW is None else self.first_frame_BCFHW[:, :, frames]
 
     def first_frame_at(self, frames: list[list[int]]) -> Tensor | None:
-        """The first-frame condition of each sample's own latent frames; None where the model takes none.
+        """The first-frame condition of each sample's own latent frames, neighbours in order; None where the model takes none.
 
         Raises:
             ValueError: a frame beyond those the condition was made for.
@@ -57,4 +57,4 @@ class Conditions:
         last, length = max(max(f) for f in frames), self.first_frame_BCFHW.shape[2]
         if last >= length:
             raise ValueError(f"latent frame {last} lies beyond the {length} that the first frame conditions; start the session again from the newest frame (timeline.blocks is how long one lasts)")
-        return torch.stack([self.first_frame_BCFHW[row][:, chosen] for row, chosen in enumerate(frames)])
+        return torch.stack([self.first_frame_BCFHW[row, :, chosen[0] : chosen[-1] + 1] for row, chosen in enumerate(frames)])  # a list as an index would be copied to the device at every step

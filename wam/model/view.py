@@ -43,26 +43,28 @@ class View:
     backend: Backend
 
     def attends(self, layer: int) -> Attend:
-        """How queries meet keys in a layer."""
+        """How queries meet keys in a layer; what is returned holds that layer's tensors and no number of it, so that one compiled block serves all layers."""
+        rotary, backend, groups = self.rotary, self.backend, [(g, g.prefix.keys[layer], g.prefix.values[layer]) for g in self.groups]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = self.rotary.rotate(q), self.rotary.rotate(k)
-            out = [self._attend(group, q[:, group.queries], k[:, group.keys], v[:, group.keys], layer) for group in self.groups]
+            q, k = rotary.rotate(q), rotary.rotate(k)
+            out = [_attend(group, q[:, group.queries], k[:, group.keys], v[:, group.keys], keys, values, backend) for group, keys, values in groups]
             return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
         return attend
 
-    def _attend(self, group: Group, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        prefix, own = group.prefix, k.shape[1]
-        if prefix.seen:
-            keys, values = prefix.keys[layer], prefix.values[layer]
-            keys[:, prefix.seen : prefix.seen + own] = k
-            values[:, prefix.seen : prefix.seen + own] = v
-            k, v = keys[:, : prefix.seen + own].type_as(q), values[:, : prefix.seen + own].type_as(q)
-        mask = None
-        if prefix.mask_B11S is not None:
-            mask = torch.cat([prefix.mask_B11S, prefix.mask_B11S.new_ones(len(q), 1, 1, own)], dim=-1)
-        return attention(q, k, v, mask, self.backend)
+
+def _attend(group: Group, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, backend: Backend) -> Tensor:
+    """One group's attention in one layer, whose buffers are `keys` and `values`."""
+    prefix, own = group.prefix, k.shape[1]
+    if prefix.seen:
+        keys[:, prefix.seen : prefix.seen + own] = k
+        values[:, prefix.seen : prefix.seen + own] = v
+        k, v = keys[:, : prefix.seen + own].type_as(q), values[:, : prefix.seen + own].type_as(q)
+    mask = None
+    if prefix.mask_B11S is not None:
+        mask = torch.cat([prefix.mask_B11S, prefix.mask_B11S.new_ones(len(q), 1, 1, own)], dim=-1)
+    return attention(q, k, v, mask, backend)
 
 
 def make_view(cache: KVCache, table: RelationTable, kinds: tuple[Kind, ...], blocks: list[int], backend: Backend) -> View:
