@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wam.cli import main
-from wam.evaluation.conformance import lingbot
+from wam.evaluation.conformance import fast_wam, lingbot
 from wam.evaluation.conformance.case import Case, load_case
 from wam.evaluation.conformance.compare import compare
 from wam.evaluation.conformance.run import ConformanceError, conformance
@@ -94,6 +94,108 @@ def test_a_cache_that_never_forgets_shows(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(KVCache, "forget", lambda *_: None)
     with pytest.raises(ConformanceError):
         conformance([path])
+
+
+# ------------------------------------------------------------------------------------------------ settings of other cases
+
+
+def test_guided_actions_go_away_from_the_negative_side(tmp_path: Path) -> None:
+    """One step from noise: what both calls said is among the outputs, so the action follows from them."""
+    path, scale = copy("lingbot", tmp_path), 2.5
+    job = json.loads(path.read_text())["job"] | {"action_guidance_scale": scale, "action_num_inference_steps": 1}
+    case = load_case(rewrite(path, load_case(path).outputs, job=job))
+    (stage,) = [stage for stage in lingbot.prepare(case).stages if stage.outputs[0].startswith("chunk")]
+    ours = stage.run()
+    positive, negative = ours["chunk1/action_tokens_out_first"]
+    used = torch.zeros(7)
+    used[job["used_action_channel_ids"]] = 1
+    start = case.inputs["chunk1/noise_action"][0, ..., 0].flatten(1).T  # (A, channels)
+    expected = (start - negative - scale * (positive - negative)) * used
+    torch.testing.assert_close(ours["chunk1/action"][0, ..., 0].flatten(1).T, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_may_be_shifted_otherwise_than_training(tmp_path: Path) -> None:
+    path = copy("fastwam_base", tmp_path)
+    spec, case = json.loads(path.read_text()), load_case(path)
+    scheduler = spec["config"]["action_scheduler"] | {"infer_shift": 2.0}
+    shifted = load_case(rewrite(path, case.outputs, config=spec["config"] | {"action_scheduler": scheduler}))
+    (stage,) = [stage for stage in fast_wam.prepare(shifted).stages if stage.outputs[0].startswith("infer_action_4steps")]
+    ours, u = stage.run(), 1 - 1 / 4
+    step = 2 * u / (1 + u) - 1
+    torch.testing.assert_close(ours["infer_action_4steps/action_steps"][0], case.inputs["infer/noise_action"] + step * ours["infer_action_4steps/action_velocity_step0"])
+
+
+def test_what_a_description_leaves_open_is_refused_and_the_rest_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Video that is stopped early: calls without a cache are computed, chunks say why they are not."""
+    path = copy("lingbot", tmp_path)
+    outputs = {name: x for name, x in load_case(path).outputs.items() if name in ("single/action_velocity", "chunk0/video", "chunk0/action")}
+    rewrite(path, outputs, job=json.loads(path.read_text())["job"] | {"video_exec_step": 3})
+    with pytest.raises(ConformanceError, match="0 of 1 cases, 1 of 3 outputs"):
+        conformance([path])
+    assert capsys.readouterr().out.count("job.video_exec_step is 3") == 2
+
+
+# ------------------------------------------------------------------------------------------------ files that stand alone, or are no case
+
+
+def released_schedules() -> dict[str, Any]:
+    """The released numbers as the release's own JSON lays them out."""
+    numbers = json.loads((CASES.parent / "data" / "schedules.json").read_text())
+    dreamzero, fast, lingbot_va = numbers["dreamzero"], numbers["fast_wam"], numbers["lingbot_va"]
+    inference = {"steps": dreamzero["unipc"]["steps"], "dit_step_masks": dreamzero["evaluated_of_16"], "decoupled_video_sigmas": dreamzero["decoupled"]["steps"]}
+    probe = {"description": "sin(3x) + (t/1000) x - 0.25", "x0": dreamzero["probe"]["x0"], "trajectory": dreamzero["probe"]["trajectory"]}
+    training = {"shift": fast["shift"], "y_min": fast["y_min"], "weight_norm_const": fast["mean"], "probe_u": fast["u"], "probe_t": fast["timesteps"], "probe_weight": fast["weights"]}
+    inference["decoupled_note"] = f"video_inference_final_noise={dreamzero['decoupled']['final']}"
+    systems = {"dreamzero": {"inference": inference, "unipc_probe": probe}, "fastwam": {"training": training, "inference": {"steps": fast["euler"]}}, "lingbot": lingbot_va}
+    return {"format": "golden-v1", "note": "of the released systems"} | systems
+
+
+def test_schedules_are_checked_number_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, tree = tmp_path / "schedules.json", released_schedules()
+    path.write_text(json.dumps(tree))
+    (result,) = conformance([path])
+    assert len(result.lines) > 30 and {line.output.split("/")[0] for line in result.lines} == {"dreamzero", "fastwam", "lingbot"}
+    tree["dreamzero"]["inference"]["dit_step_masks"]["8"][3] += 1
+    tree["fastwam"]["inference"]["steps"]["4"]["entropy"] = [1.0]
+    tree["fastwam"]["distillation"] = {"sigmas": [1.0]}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ConformanceError, match=f"0 of 1 cases, {len(result.lines) - 1} of {len(result.lines) + 2} outputs"):
+        conformance([path])
+    assert "no stage computes this output" in capsys.readouterr().out
+
+
+def test_a_list_of_tensors_must_fill_every_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.json"
+    tree = json.loads((CASES.parent / "data" / "dreamzero_keys_5b.json").read_text())
+    path.write_text(json.dumps(tree))
+    (result,) = conformance([path])
+    assert len(result.lines) == 4
+    del tree["action_head.model.blocks.7.ffn.0.bias"]
+    tree["action_head.vae.model.conv1.weight"] = [1, 2]
+    tree["action_head.critic.weight"] = [3]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ConformanceError, match="0 of 1 cases, 2 of 5 outputs"):
+        conformance([path])
+    said = capsys.readouterr().out
+    assert "'action_head.model.blocks.7.ffn.0.bias' is missing" in said and "'action_head.vae.model.conv1.weight' has shape [1, 2]" in said
+
+
+def test_one_that_cannot_be_computed_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, odd, broken = copy("fastwam_base", tmp_path), tmp_path / "odd.json", tmp_path / "broken.json"
+    rewrite(whole, {"infer_action_4steps/action": load_case(whole).outputs["infer_action_4steps/action"]})
+    odd.write_text('{"name": "a package"}')
+    broken.write_text(whole.read_text())
+    listed = [str(odd), str(tmp_path / "nothing.json"), str(broken), str(whole)]
+    assert main(["conformance", *listed, "--json", str(tmp_path / "out.json")]) == 2
+    said = capsys.readouterr()
+    for line in ("odd: FAIL  ", "nothing: FAIL  ", "broken: FAIL  "):
+        assert said.out.count(line) == 1
+    assert "not a conformance case" in said.out and "broken.safetensors is missing" in said.out and "1 of 4 cases, 1 of 1 outputs" in said.err
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert [bool(case["refused"]) for case in cases] == [True, True, True, False] and cases[3]["passed"]
+
+
+# ------------------------------------------------------------------------------------------------ slots
 
 
 def episode(window: int, frames: int, per_frame: int, chunks: int) -> Case:
