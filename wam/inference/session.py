@@ -156,7 +156,9 @@ class Session:
                 self._advance(latents, state)
         return latents
 
-    def plan(self, mode: str, sampling: SamplingConfig | None = None, actions: np.ndarray | None = None, committed: np.ndarray | None = None) -> Plan:
+    def plan(
+        self, mode: str, sampling: SamplingConfig | None = None, actions: np.ndarray | None = None, committed: np.ndarray | None = None, future: Tensor | None = None
+    ) -> Plan:
         """Plan the coming block.
 
         Args:
@@ -164,6 +166,7 @@ class Session:
             sampling: how; default: as the checkpoint says.
             actions: for `forward`, the actions (B, A, action_dim) whose outcome is imagined, physical units.
             committed: the block's first n actions (B, n, action_dim), where they are decided already: they are held, the rest follows.
+            future: for `inverse`, the block's latents (B, C, k, h, w), whose actions are asked for.
 
         Raises:
             ValueError: unknown mode, missing or misshapen actions, guidance that the model cannot give, or nothing observed yet.
@@ -171,7 +174,7 @@ class Session:
         if self.block == FIRST_BLOCK:
             raise ValueError("nothing has been observed yet; call observe(first_frame, state) before plan()")
         self._warn_if_untrained(mode)
-        given = None if actions is None else self._normal_actions(actions)
+        given = self._future(future) if future is not None else None if actions is None else self._normal_actions(actions)
         how = sampling or self.config.sampling
         with self._timed("denoise"):
             out = sample(self.model, self.model.relations.mode(mode), self._situation(committed), self._noise(), how, given)
@@ -225,7 +228,10 @@ class Session:
     def _held(self, committed: np.ndarray | None) -> Held:
         """What of the coming block is given: a committed prefix of its actions; inside block 0, the first frame and the actions that would lead to it."""
         t, lead = self.config.timeline, self.config.timeline.lead if self.block == 0 else 0
-        count = lead + (0 if committed is None else committed.shape[1])
+        count = lead
+        if committed is not None:
+            self._check_committed(committed, t.actions_per_block - lead)
+            count += committed.shape[1]
         video = action = None
         if self.first is not None and self.block == 0:
             values = torch.cat([self.first, self.first.expand(-1, -1, t.latents_per_block - 1, -1, -1)], dim=2) if t.latents_per_block > 1 else self.first
@@ -236,6 +242,19 @@ class Session:
                 values[:, lead:count] = self._normalized(committed)
             action = (values, torch.arange(t.actions_per_block, device=values.device).expand(self.batch, -1) < count)
         return Held(video, action)
+
+    def _check_committed(self, committed: np.ndarray, most: int) -> None:
+        rows, dims = self.batch, self.dims.action_dim
+        if committed.ndim != 3 or committed.shape[::2] != (rows, dims) or committed.shape[1] > most:
+            raise ValueError(f"committed actions have shape {committed.shape}; expected (rows, up to {most} actions, action_dim) = ({rows}, n, {dims})")
+        if not np.isfinite(committed).all():
+            raise ValueError("committed actions hold non-finite numbers; nothing was planned")
+
+    def _future(self, latents: Tensor) -> Tensor:
+        expected = (self.batch, self.config.codec.channels, self.config.timeline.latents_per_block, *self.model.latent_size)
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"a future has shape {tuple(latents.shape)}; expected latents (rows, channels, latents_per_block, height, width) = {expected}")
+        return latents.to(self.model.device)
 
     def _begin(self, pixels_B1HWC: Tensor) -> None:
         """What depends on the first frame alone: its image embeddings, and what is joined to the channels."""
