@@ -47,6 +47,7 @@ CASES = {
     "two frames a block": Case("all", 3, ("timeline.history=1", "timeline.latents_per_block=2", "timeline.actions_per_block=16")),
     "sink and goal": Case("all", 4, ("timeline.history=1", "timeline.sink=true", "model.goal_image=true")),
     "first frame on the channels": Case("all", 4, ("timeline.history=2", "model.first_frame=concat", f"model.image_dim={IMAGE_DIM}", "model.goal_image=true")),
+    "state in the text": Case("all", 3, ("timeline.history=1", "model.state=context")),
     "dreamzero": Case("dreamzero", 4, ("timeline.history=2",)),
     "lingbot_va": Case("lingbot_va", 3),
     "ge_act": Case("ge_act", 4, ("timeline.history=2",)),
