@@ -66,7 +66,7 @@ class Session:
             goals: goal images, uint8 (B, H, W, 3), for models that take them.
 
         Raises:
-            ValueError: as many instructions as seeds are needed, none of them empty; an embodiment or a goal that the model does not know.
+            ValueError: as many instructions as seeds are needed, none of them empty; an embodiment or a goal that the model does not know; a model of several states a block.
         """
         if len(instructions) != len(seeds):
             raise ValueError(f"{len(instructions)} instructions and {len(seeds)} seeds; give one of each per row")
