@@ -313,7 +313,7 @@ def test_an_interrupted_run_goes_on(checkpoint: Path, fake: type[FakeVector], tm
     made = fake.made
     assert rollout(checkpoint, settings(), tmp_path / "two") == again and fake.made == made, "nothing is left to do"
     assert set(rollout(checkpoint, settings(modes=("joint",)), tmp_path / "two")["modes"]) == {"skip", "joint"}, "another mode joins"
-    with pytest.raises(ValueError, match=r"another run \(steps 2, now 3\); choose another --output"):
+    with pytest.raises(ValueError, match=r"another run \(sampling\.steps 2, now 3\); choose another --output"):
         rollout(checkpoint, settings(steps=3), tmp_path / "two")
 
 
@@ -321,7 +321,7 @@ def test_an_interrupted_run_goes_on(checkpoint: Path, fake: type[FakeVector], tm
     ("changes", "message"),
     [
         ({"modes": ("skp",)}, "unknown mode 'skp'; did you mean 'skip'"),
-        ({"modes": ("forward",)}, "'forward'.* cannot drive; modes that can: skip, joint"),
+        ({"modes": ("forward",)}, "'forward'.* cannot drive; modes that can: skip, skip_registers, joint, joint_mutual, imagine, action_only"),
         ({"replan": 9}, "rollout.replan is 9, but a plan of this checkpoint holds 8 control steps"),
         ({"replan": 3}, "rollout.replan is 3, but frames come every 2 control steps.*use one of 2, 4, 6, 8"),
     ],
@@ -358,7 +358,10 @@ def test_what_makes_a_result_mean_less_is_said(policy: Policy, caplog: pytest.Lo
         return caplog.text
 
     assert not said(policy)
-    assert "'action_only' was not trained in this checkpoint (trained: skip, joint, joint_mutual, imagine, forward)" in said(policy, modes=("action_only",))
+    assert not said(policy, modes=("action_only",)), "skip trains it"
+    training = dataclasses.replace(policy.config.training, modes={"skip": 1.0})
+    skipper = dataclasses.replace(policy, config=dataclasses.replace(policy.config, training=training))
+    assert "mode 'imagine' is not what this model was trained for (preset 'all', modes skip), so its output means little; choose skip or action_only" in said(skipper, modes=("imagine",))
     assert "seeds 9998..10002 overlap the demonstration and validation seeds" in said(policy, seed=9998)
     recorded = {"recorded": {"seeds": {"go": {"accepted": [20003, 3], "rejected": [20001]}}}}
     assert "1 of the 5 seeds were demonstrations this checkpoint was trained on (first: [20003])" in said(without(policy, source=recorded))

@@ -36,7 +36,7 @@ from wam.evaluation.vector import VectorEnv
 from wam.files import write_json_atomic
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy, from_pretrained, weights_sha256
-from wam.relations import MODES, get_mode
+from wam.relations import MODES, untrained_mode_warning
 from wam.timeline import Kind
 
 log = logging.getLogger(__name__)
@@ -132,16 +132,16 @@ def check_settings(policy: Policy, config: RolloutConfig) -> None:
     """Check what can be checked before a simulator is started; warn of what makes a result mean less.
 
     Raises:
-        ValueError: an unknown mode, one that plans no actions, or a replan interval that does not fit the checkpoint's timeline.
+        ValueError: an unknown mode, one that plans no actions or that the checkpoint's table leaks in, or a replan interval that does not fit the checkpoint's timeline.
     """
-    trained = [mode for mode, weight in policy.config.training.modes.items() if weight > 0]
     for name in config.modes:
-        mode = get_mode(name)
+        mode = policy.model.relations.mode(name)
         if Kind.A not in mode.predicts or name in NEEDS_MORE:
             able = ", ".join(n for n, m in MODES.items() if Kind.A in m.predicts and n not in NEEDS_MORE)
             raise ValueError(f"mode {name!r} ({mode.about}) does not plan actions from what was observed, so it cannot drive; modes that can: {able}")
-        if name not in trained:
-            log.warning("mode %r was not trained in this checkpoint (trained: %s); its success rate says nothing about the mode", name, ", ".join(trained))
+        warning = untrained_mode_warning(policy.config, name)
+        if warning:
+            log.warning("%s", warning)
     timeline, replan = policy.config.timeline, replan_of(policy, config)
     if not 1 <= replan <= timeline.actions_per_block:
         raise ValueError(f"rollout.replan is {replan}, but a plan of this checkpoint holds {timeline.actions_per_block} control steps; use 1..{timeline.actions_per_block}")
@@ -234,10 +234,17 @@ def _open_results(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return {"format": FORMAT, **identity, "machine": platform.platform(), "started": _now(), "finished": None, "modes": {}}
     earlier: dict[str, Any] = json.loads(path.read_text())
-    differences = [f"{name} {earlier.get(name)!r}, now {value!r}" for name, value in identity.items() if earlier.get(name) != value]
+    before, now = _flat(earlier), _flat(identity)
+    differences = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in now.items() if before.get(name) != value]
     if differences:
         raise ValueError(f"{path} holds results of another run ({'; '.join(differences)}); choose another --output, or delete it to start again")
     return earlier
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"sampling": {"steps": 2}}` to `{"sampling.steps": 2}`."""
+    parts = (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value} for name, value in tree.items())
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def _is_complete(mode: dict[str, Any] | None, config: RolloutConfig) -> bool:
