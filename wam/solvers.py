@@ -169,7 +169,7 @@ class Reuse(Protocol):
 
 
 # DreamZero's evaluations of 16 steps, by their number: dense where the path bends, at both ends.
-_PUBLISHED: dict[int, tuple[int, ...]] = {
+PUBLISHED: dict[int, tuple[int, ...]] = {
     5: (0, 1, 2, 7, 12),
     6: (0, 1, 5, 10, 14, 15),
     7: (0, 1, 2, 6, 10, 14, 15),
@@ -187,8 +187,8 @@ def evaluated_steps(steps: int, evaluations: int) -> tuple[int, ...]:
         raise ValueError(f"{evaluations} evaluations of {steps} steps were asked for; at least 1 is needed, and the first step is always one")
     if evaluations >= steps:
         return tuple(range(steps))
-    if steps == 16 and evaluations in _PUBLISHED:
-        return _PUBLISHED[evaluations]
+    if steps == 16 and evaluations in PUBLISHED:
+        return PUBLISHED[evaluations]
     if evaluations <= 2:
         return tuple(range(evaluations))
     return (0, *(round(1 + j * (steps - 2) / (evaluations - 2)) for j in range(evaluations - 1)))

@@ -31,7 +31,7 @@ from wam.model.conditions import Conditions
 from wam.model.sampling import Noise, Situation, Step, sample
 from wam.model.wam import Noisy, Window, WorldActionModel
 from wam.relations import Mode, Reach, Relations, dense_masks
-from wam.solvers import make_grid
+from wam.solvers import PUBLISHED, make_grid
 from wam.timeline import FIRST_BLOCK, Kind
 from wam.training.noise import level_weights
 from wam.training.objective import Losses, action_errors, video_errors
@@ -278,10 +278,10 @@ def _sample(setup: Setup, prefix: str, mask: str, full: bool, number: int, chunk
 
 
 def _how(setup: Setup, full: bool, number: int) -> SamplingConfig:
-    """`full{n}` evaluates each of n steps, `skip{n}` n of the release's."""
+    """`full{n}` evaluates each of n steps, `skip{n}` n of the release's; for numbers that it has no mask for, the release evaluates all."""
     s, grid = setup.model.config.sampling, setup.case.outputs.get("sample/timesteps")
     steps = number if full else STEPS if grid is None else len(grid)
-    return replace(s, steps=steps, reuse="none" if full else "mask", evaluations=number)
+    return replace(s, steps=steps, reuse="none" if full or number not in PUBLISHED else "mask", evaluations=number)
 
 
 # ------------------------------------------------------------------------------------------------ the image branch at another width
