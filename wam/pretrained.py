@@ -187,7 +187,9 @@ def _checkpoint(path_or_repo: str | Path) -> Path:
     if not directory.exists() and str(path_or_repo).count("/") == 1 and not directory.parent.exists():
         directory = local_folder(path_or_repo)
     for name in (META, CONFIG, WEIGHTS, NORMALIZER):
-        if not (directory / name).is_file() and not (name == WEIGHTS and (directory / f"{WEIGHTS}.index.json").is_file()):
+        index = name == WEIGHTS and any(directory.glob(f"{STEM}-*.safetensors"))  # weights in several files
+        name = f"{name}.index.json" if index else name
+        if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is not a checkpoint: {name} is missing; give the directory that `wam train` wrote, e.g. runs/demo/train/checkpoint")
     return directory
 
