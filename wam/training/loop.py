@@ -37,7 +37,7 @@ from wam.model.loading import model_from_backbone, new_names
 from wam.model.lora import apply_lora, trainable
 from wam.model.wam import WorldActionModel
 from wam.pretrained import Policy, save_pretrained
-from wam.relations import get_mode
+from wam.relations import Relations
 from wam.text.cache import CachedText
 from wam.text.text import Text, make_text, prompts
 from wam.training.meters import Meters
@@ -58,10 +58,11 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
 
     Raises:
         NonFiniteLoss: with the path of the file that names the batch.
-        ValueError: the dataset does not fit the config, or `output` holds a run with another config.
+        ValueError: a mode that is unknown or leaks, a dataset that does not fit the config, or a run with another config in `output`.
     """
+    relations = Relations.of(config)
     for mode in config.training.modes:
-        get_mode(mode)  # an unknown one shows before anything is read
+        relations.mode(mode)  # an unknown one, and one that leaks in this table, shows before anything is read
     torch.manual_seed(config.training.seed)
     data, held_out = datasets(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
