@@ -278,6 +278,11 @@ class Backbone(WanTransformer3DModel):
         """D: heads x head_dim."""
         return self.config.num_attention_heads * self.config.attention_head_dim
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; diffusers' own looks at every module to tell, which takes as long as a small step."""
+        return self.patch_embedding.weight.dtype
+
     def embed_video(self, latents_BCFHW: Tensor) -> Tensor:
         """Patch tokens (B, F * P, D), frame by frame."""
         return self.patch_embedding(latents_BCFHW).flatten(2).transpose(1, 2)
