@@ -14,9 +14,11 @@ import torch
 from tiny import TASKS, random_window, tiny_model, tiny_preset
 from torch import Tensor
 
+from wam.model.attention import attention
 from wam.model.wam import Window, WorldActionModel
+from wam.model.window_mask import window_mask
 from wam.presets import PRESETS
-from wam.relations import LeakError, Mode, Reach, dense_masks
+from wam.relations import LeakError, Mode, Reach, block_mask, dense_masks
 from wam.timeline import FIRST_BLOCK, Kind, Layout
 
 V, A = Kind.V, Kind.A
@@ -103,3 +105,26 @@ def test_what_is_not_seen_leaves_a_prediction_to_the_bit(preset: str, expert: in
                 if token not in reached[target]:
                     x.copy_(theirs[token])
             assert torch.equal(_predict(model, changed, [mode], layout)[target], before[target]), f"{mode.name}: {target}"
+
+
+# ------------------------------------------------------------------------------------------------ one table, every rendering
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_rendering_of_every_preset_is_the_same(preset: str) -> None:
+    """Predicate, dense mask, flex BlockMask, and a window in parts, over the preset's own training window."""
+    model = tiny_model(tiny_preset(preset))
+    layout, reach, modes = model.training_layout(model.config.timeline.blocks), Reach.of(model.config.timeline), list(_modes(model))
+    kinds, blocks = [Kind(k) for k in layout.kinds_L.tolist()], layout.blocks_L.tolist()
+    dense = dense_masks([m.table for m in modes], layout, reach)
+    flex, parts = block_mask([m.table for m in modes], layout, reach, tile=16), window_mask(dense, layout)
+    rows = torch.arange(len(layout))
+    assert torch.equal(flex.mask_mod(torch.arange(len(modes))[:, None, None], torch.tensor(0), rows[None, :, None], rows[None, None, :]), dense)
+    tiles = torch.nn.functional.pad(dense, (0, -len(layout) % 16) * 2).unflatten(2, (-1, 16)).unflatten(1, (-1, 16))
+    assert torch.equal(flex.to_dense()[:, 0].bool(), tiles.any(dim=4).any(dim=2))
+    for mode, mask in zip(modes, dense, strict=True):
+        predicate = [[mode.table.allow(q, b, k, c, reach) for k, c in zip(kinds, blocks, strict=True)] for q, b in zip(kinds, blocks, strict=True)]
+        assert mask.tolist() == predicate, mode.name
+    assert parts is not None
+    q, k, v = torch.randn(3, len(modes), len(layout), 2, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    torch.testing.assert_close(parts.attend(q, k, v), attention(q, k, v, dense.unsqueeze(1)), rtol=1e-4, atol=1e-5)

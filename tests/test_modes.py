@@ -89,11 +89,11 @@ def _drive(session: Session, episode: Episode, blocks: int, ask: Callable[[], No
 # ------------------------------------------------------------------------------------------------ without a cache
 
 
-def _conditions(policy: Policy, episode: Episode, window: Window) -> Conditions:
+def _conditions(policy: Policy, episode: Episode, window: Window, instructions: list[str] = TASKS) -> Conditions:
     """As training makes them."""
     objective = Objective(policy.config, policy.model, policy.codec, policy.image)
     assert window.state_BNS is not None
-    batch = {"instruction": TASKS[: len(episode.frames)], "frames": torch.from_numpy(episode.frames)}
+    batch = {"instruction": instructions[: len(episode.frames)], "frames": torch.from_numpy(episode.frames)}
     return objective.conditions_of(batch, window.state_BNS, window.embodiment_B)
 
 
@@ -296,11 +296,43 @@ def test_a_plan_is_the_solver_over_whole_windows(name: str, expert: int | None, 
                     _close(x, expected[kind], f"{mode.name}, {kind.label}")
 
 
-def _stepped(model: WorldActionModel, mode: Mode, window: Window, conditions: Conditions, start: dict[Kind, Tensor], steps: int, given: Tensor | None) -> dict[Kind, Tensor]:
-    """Euler over `forward_train`, on the last block of a window."""
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize("preset", ["all", "dreamzero", "lingbot_va"])
+def test_a_guided_plan_steps_video_away_from_the_other_instruction(preset: str, expert: int | None, batch: int) -> None:
+    """Each side has a memory and a trajectory of its own context; guidance acts on video, actions are the instruction's own."""
+    scale, blocks = 2.5, 2
+    policy = tiny_policy(tiny_preset(preset, expert, f"sampling.guidance={scale}", "training.text_dropout=0.1", "sampling.negative_prompt=blurred"))
+    episode, how = tiny_episode(policy.config, batch, blocks), SamplingConfig(steps=3, guidance=scale)
+    window, session = window_of(policy, episode, blocks), _session(policy, episode)
+    generator = torch.Generator().manual_seed(3)
+    start = {kind: torch.randn(_given(policy.model, window, 0, clean).shape, generator=generator) for kind, clean in ((A, AC), (V, VC))}
+    with torch.no_grad():
+        _drive(session, episode, blocks)
+        sides = [_conditions(policy, episode, window, texts) for texts in (TASKS, ["blurred"] * 3)]
+        for mode in (policy.model.relations.mode(name) for name in ("joint", "joint_mutual", "imagine")):
+            plan = sample(policy.model, mode, session._situation(None), Noise(start[A], start[V]), how)
+            expected = _stepped(policy.model, mode, window, sides[0], start, how.steps, None, (sides[1], scale))
+            unguided = _stepped(policy.model, mode, window, sides[0], start, how.steps, None)
+            for kind, x in ((V, plan.video_BCFHW), (A, plan.action_BTA)):
+                _close(x, expected[kind], f"{mode.name}, {kind.label}")
+            assert not torch.allclose(expected[V], unguided[V], atol=1e-2)
+
+
+def _stepped(
+    model: WorldActionModel,
+    mode: Mode,
+    window: Window,
+    conditions: Conditions,
+    start: dict[Kind, Tensor],
+    steps: int,
+    given: Tensor | None,
+    away: tuple[Conditions, float] | None = None,
+) -> dict[Kind, Tensor]:
+    """Euler over `forward_train`, on the last block of a window; `away`: the other side of guidance on video, and its scale."""
     out: dict[Kind, Tensor] = {}
     if mode.name == "imagine":
-        video = _stepped(model, model.relations.mode("video"), window, conditions, start, steps, None)[V]
+        video = _stepped(model, model.relations.mode("video"), window, conditions, start, steps, None, away)[V]
         clean = window.clean_BCFHW
         window = replace(window, clean_BCFHW=torch.cat([clean[:, :, : -video.shape[2]], video], dim=2))
         out[V], given = video, video
@@ -314,7 +346,11 @@ def _stepped(model: WorldActionModel, mode: Mode, window: Window, conditions: Co
     for i in range(steps):
         levels = {kind: 1000 * mode.pinned.get(kind, 0.5) if kind not in solvers else float(solvers[kind][1][i]) for kind in (V, A)}
         lost = _no_states if _without_state(model, mode.live) else None
-        velocities = _teacher(model, _at_the_end(window, x, levels), conditions, mode, lost)
+        now = _at_the_end(window, x, levels)
+        velocities = _teacher(model, now, conditions, mode, lost)
+        if away is not None and V in solvers:
+            other = _teacher(model, now, away[0], mode, lost)[V]
+            velocities[V] = other + away[1] * (velocities[V] - other)
         for kind, (solver, _) in solvers.items():
             last = velocities[kind][:, :, -x[V].shape[2] :] if kind is V else velocities[kind][:, -x[A].shape[1] :]
             x[kind] = solver.step(last, i, x[kind])
