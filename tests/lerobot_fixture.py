@@ -1,11 +1,14 @@
-"""A tiny LeRobot v3.0 dataset, written without `wam`, whose pixels say which frame they are.
+"""A tiny LeRobot v3.0 dataset, written without `wam`, whose pixels say which frame they are; and any v3.0 dataset in other flavours.
 
 Two tasks; episodes 0..n-1 alternate between them; several episodes share an mp4, as LeRobot writes them.  A frame shows its own
 number (counted over the file) as 4 x 4 black and white squares, which survive compression, so a decoder that is off by one shows.
 """
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -99,6 +102,83 @@ def edit_episodes(root: Path, **changes: object) -> None:
 def truncate(path: Path, keep: float = 0.6) -> None:
     """Cut a file short."""
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+Language = Literal["task", "string", "annotation index", "annotation text"]
+LANGUAGE_COLUMNS = {"string": "language_instruction", "annotation index": "annotation.human.task", "annotation text": "annotation.human.task"}
+MODALITY = {
+    "state": {"whole": {"start": 0, "end": 4}, "position": {"start": 0, "end": 3}, "gripper": {"original_key": "observation.state", "start": 3, "end": 4}},
+    "action": {"whole": {"start": 0, "end": 4, "absolute": False}, "done": {"original_key": "action.executed", "start": 0, "end": 4}},
+    "video": {"corner4": {}, "front": {"original_key": CAMERA}},
+}
+
+
+def write_flavour(source: Path, root: Path, version: str, *, language: Language = "task", modality: bool = False) -> Path:
+    """A v3.0 dataset with one parquet file, written anew: another version, its language in a column, names for its parts; returns `root`."""
+    info = json.loads((source / "meta/info.json").read_text())
+    tasks = pd.read_parquet(source / "meta/tasks.parquet")
+    texts = {int(number): str(text) for text, number in tasks["task_index"].items()}
+    episodes = pd.read_parquet(source / "meta/episodes/chunk-000/file-000.parquet")
+    rows = pd.concat([pd.read_parquet(path) for path in sorted(source.glob("data/*/*.parquet"))], ignore_index=True)
+    if language != "task":
+        column = LANGUAGE_COLUMNS[language]
+        rows[column] = rows["task_index"] if language == "annotation index" else rows["task_index"].map(texts)
+        info["features"][column] = {"dtype": "int64" if language == "annotation index" else "string", "shape": [1], "names": None}
+        rows["task_index"], episodes = 0, episodes.drop(columns="tasks")
+    (root / "meta").mkdir(parents=True)
+    if version == "v3.0":
+        shutil.copytree(source / "videos", root / "videos")
+        _write(rows, root / "data/chunk-000/file-000.parquet")
+        _write(episodes.assign(**{"data/file_index": 0}), root / "meta/episodes/chunk-000/file-000.parquet")
+        _write(tasks, root / "meta/tasks.parquet", index=True)
+    else:
+        info |= _write_v2(source, root, version, info, episodes, rows, texts)
+    (root / "meta/info.json").write_text(json.dumps(info))
+    if modality:
+        names = MODALITY | ({"annotation": {"human.task": {}}} if language.startswith("annotation") else {})
+        (root / "meta/modality.json").write_text(json.dumps(names))
+        (root / "meta/embodiment.json").write_text(json.dumps({"embodiment_tag": "tiny_arm"}))
+    return root
+
+
+def _write_v2(source: Path, root: Path, version: str, info: dict, episodes: pd.DataFrame, rows: pd.DataFrame, texts: dict[int, str]) -> dict:
+    """Files of their own for every episode, in chunks of five; returns what changes in info.json."""
+    template = {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    }
+    frames = {path: list(_decoded(path)) for path in sorted(source.glob("videos/*/*/*.mp4"))}
+    for row in episodes.to_dict("records"):
+        where = {"episode_chunk": row["episode_index"] // 5, "episode_index": row["episode_index"]}
+        _write(rows[rows.episode_index == row["episode_index"]], root / template["data_path"].format(**where))
+        file = info["video_path"].format(video_key=CAMERA, chunk_index=0, file_index=row[f"videos/{CAMERA}/file_index"])
+        first = round(row[f"videos/{CAMERA}/from_timestamp"] * info["fps"])
+        _encode_losslessly(frames[source / file][first : first + row["length"]], root / template["video_path"].format(video_key=CAMERA, **where), info["fps"])
+    kept = ["episode_index", "length", *(["tasks"] if "tasks" in episodes else [])]
+    _write_lines(root / "meta/episodes.jsonl", json.loads(episodes[kept].to_json(orient="records")))
+    _write_lines(root / "meta/tasks.jsonl", [{"task_index": number, "task": text} for number, text in texts.items()])
+    return template | {"codebase_version": version, "chunks_size": 5, "total_chunks": 3, "total_videos": len(episodes)}
+
+
+def _decoded(path: Path) -> Iterator[np.ndarray]:
+    """Frames as they are stored, before any conversion of colours."""
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="yuv420p")
+
+
+def _encode_losslessly(frames: list[np.ndarray], path: Path, fps: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"qp": "0", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = frames[0].shape[1], frames[0].shape[0] * 2 // 3, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="yuv420p")))
+        container.mux(stream.encode())
+
+
+def _write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _features(size: int) -> dict:

@@ -89,7 +89,7 @@ def test_truncated_parquet(root: Path, path: str) -> None:
 def test_info_that_cannot_be_used(root: Path) -> None:
     info = (root / "meta/info.json").read_text()
     for changes, message in (
-        ({"codebase_version": "v2.1"}, "version 'v2.1'; this version of wam reads v3.0"),
+        ({"codebase_version": "v1.6"}, "version 'v1.6'; this version of wam reads v2.0, v2.1, v3.0"),
         ({"fps": 0}, "fps = 0"),
         ({"total_episodes": 9}, "total_episodes = 9, but the episode table adds up to 7"),
         ({"total_frames": 1}, "total_frames = 1"),
