@@ -213,7 +213,7 @@ def compare_skip(config: Config, size: str, limit: float, bench: Bench, steps: i
 
     times = alternate({name: call(name) for name in ("skip", "joint")}, bench.repeats, bench.device)
     expert = f", expert of {config.model.expert_width}" if config.model.expert_width else ""
-    setting = f"{size}{expert}, {config.timeline.latents_per_block} frames of {model.clock.patches} patches, {config.timeline.actions_per_block} actions"
+    setting = f"{size}{expert}, {config.model.layers} layers, {config.timeline.latents_per_block} frames of {model.clock.patches} patches, {config.timeline.actions_per_block} actions"
     return Comparison(f"skip against joint, {steps} steps", setting, "skip", "joint", times["skip"], times["joint"], limit)
 
 

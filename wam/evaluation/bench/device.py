@@ -83,16 +83,20 @@ class Chunk:
 
 @torch.no_grad()
 def bench_chunk(config: Config, size: str, bench: Bench, rate: float) -> list[Stage]:
-    """Every stage of a chunk of one size."""
+    """Every stage of a chunk of one size; the memories without and with guidance's other side are there one after the other."""
+    out: list[Stage] = []
     try:
         model = build_model(config, bench.device, bench.dtype)
         inputs = Inputs.of(model)
-        plain, guided = (Chunk(model, inputs, remember(inputs, rows, past=config.timeline.history), size, bench, rate) for rows in (1, 2))
+        for rows in (1, 2):
+            chunk = Chunk(model, inputs, remember(inputs, rows, past=config.timeline.history), size, bench, rate)
+            out += _prefills(chunk) if rows == 1 else []
+            out += [_denoise(chunk, evaluations) for evaluations in EVALUATIONS]
+            out += _forms(chunk) if rows == 1 else []
+            del chunk
     except torch.OutOfMemoryError as error:
-        return [Stage("prefill", size, None, note=_why(error))]
-    out = _prefills(plain)
-    out += [_denoise(chunk, evaluations) for chunk in (plain, guided) for evaluations in EVALUATIONS]
-    return out + _forms(plain)
+        out.append(Stage("the rest of a chunk", size, None, note=_why(error)))
+    return out
 
 
 def _prefills(chunk: Chunk) -> list[Stage]:

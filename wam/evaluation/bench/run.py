@@ -29,6 +29,7 @@ from wam.model.attention import Backend
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {"cpu": ("256", "512", "1024"), "cuda": ("1.3b", "5b", "14b")}
 QUICK = Bench(torch.device("cpu"), torch.float32, repeats=2, chunks=(2, 4), history=3)
+DEEP = "model.layers=6"  # the default depth, for modes: what a step computes once (levels, action encoder) would weigh too much in two layers
 EXPERT_FROM = 1024  # the width from which an expert of a third is measured too
 
 
@@ -117,6 +118,8 @@ def _measure(jobs: Sequence[Job]) -> list[Row]:
             progress.set_postfix_str(job.name)
             rows += job.rows()
             gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             progress.update(share)
     return rows
 
@@ -133,10 +136,11 @@ def _jobs(sizes: Sequence[str], bench: Bench, quick: bool) -> list[Job]:
         if size in NAMED:
             jobs += _stages(config, size, cost, bench, quick)
             continue
-        jobs.append(Job(f"skip, {size}", 20 * cost, lambda c=config, s=size: [compare_skip(c, s, 1 / 4, bench)]))  # type: ignore[misc]
+        deep = size_config(size, DEEP)
+        jobs.append(Job(f"skip, {size}", 60 * cost, lambda c=deep, s=size: [compare_skip(c, s, 1 / 4, bench)]))  # type: ignore[misc]
         if config.model.width >= EXPERT_FROM:
-            with_expert = size_config(size, f"model.expert_width={_third(config.model.width)}")
-            jobs.append(Job(f"skip with an expert, {size}", 18 * cost, lambda c=with_expert, s=size: [compare_skip(c, s, 1 / 10, bench)]))  # type: ignore[misc]
+            with_expert = size_config(size, DEEP, f"model.expert_width={_third(config.model.width)}")
+            jobs.append(Job(f"skip with an expert, {size}", 54 * cost, lambda c=with_expert, s=size: [compare_skip(c, s, 1 / 10, bench)]))  # type: ignore[misc]
         if smallest:
             smallest = False
             jobs.append(Job(f"session, {size}", 30 * cost, lambda c=config, s=size: [compare_chunks(c, s, bench)]))  # type: ignore[misc]
@@ -150,6 +154,7 @@ def _third(width: int) -> int:
 
 
 def _against_diffusers(config: Config, size: str, cost: float, bench: Bench) -> list[Job]:
+    bench = replace(bench, history=min(bench.history, config.timeline.history)) if size in NAMED else bench  # more than that fills a GPU
     checkpointed = replace(config, model=replace(config.model, gradient_checkpointing=True))
     jobs = [Job(f"{name}, {size}", 40 * cost, lambda c=c: _fits("training step", size, lambda: [compare_training(c, size, bench)])) for name, c in (("training", config), ("checkpointed training", checkpointed))]  # type: ignore[misc]
     return [*jobs, Job(f"cached step, {size}", 8 * cost, lambda: _fits("cached step", size, lambda: compare_step(config, size, bench)))]
