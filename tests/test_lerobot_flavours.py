@@ -13,6 +13,7 @@ import pytest
 from wam.config import DataConfig, TimelineConfig
 from wam.data.dataset import WindowDataset
 from wam.data.lerobot import DatasetError, LeRobotDataset, Span
+from wam.data.video import VideoDecoder, broken_files
 
 SAMPLE = Path(__file__).parents[1] / "data/metaworld_sample"
 DATA = DataConfig(root=str(SAMPLE), executed_action="action.executed", validation_fraction=0.0, cache="memory")
@@ -122,6 +123,16 @@ def test_alternatives_of_one_instruction(tiny: Path, tmp_path: Path) -> None:
         LeRobotDataset(root)
     with pytest.raises(DatasetError, match=r"'action' .* is float32 of shape \(4,\); language is a task index"):
         LeRobotDataset(root, ["action"])
+
+
+def test_videos_that_are_cut_short_are_found(tiny: Path, tmp_path: Path) -> None:
+    root = fixture.write_flavour(tiny, tmp_path / "v2", "v2.1", modality=True)
+    for dataset, counts in ((LeRobotDataset(tiny), [33, 24]), (LeRobotDataset(root), [12, 10, 11, 9, 8, 7])):
+        needed = dataset.frames_needed(fixture.CAMERA)
+        assert list(needed.values()) == counts and broken_files(needed, VideoDecoder()) == {}
+    longer, short = (dataset.episodes[number].videos["video.front"].path for number in (0, 5))
+    shutil.copy(short, longer)
+    assert list(broken_files(dataset.frames_needed("video.front"), VideoDecoder())) == [longer]
 
 
 def test_discarded_episodes_are_in_no_split(root: Path) -> None:

@@ -1,40 +1,93 @@
-"""Frames come out by index, the same from both decoders; damaged files are refused by name."""
+"""Frames come out by index, the same from every decoder, H.264 and AV1; damaged files are refused by name."""
 
+import importlib
 import pickle
+import sys
 from pathlib import Path
 
+import av
 import lerobot_fixture as fixture
 import numpy as np
 import pytest
 from PIL import Image
 
-from wam.data.video import VideoDecoder, VideoError, resize_frames
+from wam.data.video import OPENERS, VideoDecoder, VideoError, broken_files, resize_frames
 
 LENGTH = 60
 
 
-@pytest.fixture(scope="module", params=[(2, 0), (2, 1), (12, 3), (250, 2)], ids=lambda p: f"gop{p[0]}-b{p[1]}")
+FORMATS = [("libx264", 2, 0), ("libx264", 2, 1), ("libx264", 12, 3), ("libx264", 250, 2), ("libsvtav1", 2, 0), ("libsvtav1", 30, 0)]
+
+
+@pytest.fixture(scope="module", params=FORMATS, ids=lambda p: f"{p[0]}-gop{p[1]}-b{p[2]}")
 def video(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    gop, b_frames = request.param
-    path = tmp_path_factory.mktemp("video") / "file-000.mp4"
-    fixture.write_video(path, list(range(LENGTH)), gop=gop, b_frames=b_frames)
+    codec, gop, b_frames = request.param
+    if codec not in av.codecs_available:
+        pytest.skip(f"this build of PyAV has no encoder {codec}")
+    path = tmp_path_factory.mktemp("video") / f"{codec}.mp4"
+    fixture.write_video(path, list(range(LENGTH)), codec=codec, gop=gop, b_frames=b_frames)
     return path
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def skip_unless_it_reads(backend: str, path: Path) -> None:
+    """torchcodec is optional, and published builds of decord have no AV1 decoder; anything else must work."""
+    if backend == "torchcodec":
+        try:
+            importlib.import_module("torchcodec.decoders")
+        except (ImportError, OSError, RuntimeError) as error:
+            pytest.skip(f"torchcodec cannot be loaded here: {str(error).splitlines()[0]}")
+    if backend == "decord" and "av1" in path.name:
+        try:
+            OPENERS["decord"](path)
+        except Exception as error:
+            pytest.skip(f"this build of decord does not open AV1: {str(error).splitlines()[0]}")
+
+
+@pytest.mark.parametrize("backend", OPENERS)
 def test_frames_by_index(video: Path, backend: str) -> None:
+    skip_unless_it_reads(backend, video)
     decoder = VideoDecoder((backend,))
     rng = np.random.default_rng(0)
     for asked in ([0], [LENGTH - 1], [7, 7, 3], range(LENGTH), [LENGTH - 2, LENGTH - 1, LENGTH - 1], *(rng.integers(0, LENGTH, 9) for _ in range(12))):
         frames = decoder.read_frames(video, list(asked))
         assert frames.dtype == np.uint8 and frames.shape[1:] == (64, 64, 3)
         assert [fixture.read_stamp(frame) for frame in frames] == list(asked)
-    assert not decoder.counts.fallbacks and (decoder.counts.decord > 0) == (backend == "decord")
+    assert not decoder.counts.fallbacks and {name for name in OPENERS if getattr(decoder.counts, name)} == {backend}
 
 
-def test_both_decoders_give_the_same_pixels(video: Path) -> None:
-    frames = [VideoDecoder((backend,)).read_frames(video, range(LENGTH)).astype(int) for backend in ("decord", "pyav")]
-    assert np.abs(frames[0] - frames[1]).max() <= 2
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+def test_all_decoders_give_the_same_pixels(video: Path, backend: str) -> None:
+    skip_unless_it_reads(backend, video)
+    for asked in (list(range(LENGTH)), [3, 4, 31, 58]):
+        frames = [VideoDecoder((name,)).read_frames(video, asked).astype(int) for name in (backend, "pyav")]
+        assert np.abs(frames[0] - frames[1]).max() <= 2
+
+
+def test_backends_are_tried_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.mp4"
+    fixture.write_video(path, list(range(12)))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # what an import finds where it is not installed
+    decoder = VideoDecoder(("torchcodec", "decord", "pyav"))
+    assert fixture.read_stamp(decoder.read_frames(path, [7])[0]) == fixture.read_stamp(decoder.read_frames(path, [7])[0]) == 7
+    assert (decoder.counts.torchcodec, decoder.counts.decord, decoder.counts.pyav) == (0, 2, 0)
+    with pytest.raises(VideoError, match=r"file.mp4: torchcodec cannot be loaded .* pip install 'wam\[torchcodec\]'"):
+        VideoDecoder(("torchcodec",)).read_frames(path, [0])
+    with pytest.raises(VideoError, match=r"asked for frame 12, but the file has 12 frames"):
+        VideoDecoder(("pyav", "torchcodec")).read_frames(path, [12])
+    for backends in ((), ("opencv",), ("pyav", "pyav")):
+        with pytest.raises(ValueError, match="expected some of decord, pyav, torchcodec, each once"):
+            VideoDecoder(backends)
+
+
+def test_broken_files_name_themselves(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.mp4" for name in ("whole", "cut", "short", "gone")]
+    for path in paths[:3]:
+        fixture.write_video(path, list(range(10)))
+    fixture.truncate(paths[1])
+    broken = broken_files({path: 11 if path.stem == "short" else 10 for path in paths}, VideoDecoder())
+    assert list(broken) == paths[1:]
+    for path, reason in zip(paths[1:], ("the file is truncated", "asked for frame 10, but the file has 10", "no video file"), strict=True):
+        assert reason in broken[path] and str(path) in broken[path]
 
 
 def test_av1_falls_back_to_pyav_and_is_counted(tmp_path: Path) -> None:

@@ -164,6 +164,15 @@ class LeRobotDataset:
         texts = [self.words(episode, name).at(row) for name in self.language]
         return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
+    def frames_needed(self, camera: str) -> dict[Path, int]:
+        """How many frames each video of a camera must have, by file: up to the last one that an episode shows."""
+        self.camera(camera)
+        needed: dict[Path, int] = defaultdict(int)
+        for episode in self.episodes:
+            span = episode.videos[camera]
+            needed[span.path] = max(needed[span.path], span.first_frame + episode.length)
+        return dict(needed)
+
     def split(self, validation_fraction: float) -> dict[Split, list[int]]:
         """Episode indices for training and validation: the last part of each task's episodes is held out.
 

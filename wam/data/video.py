@@ -1,8 +1,8 @@
 """Frames out of video files, by index.
 
 decord is asked first: it is the fastest on H.264, the codec this project writes.  What decord cannot read (AV1, LeRobot's default
-codec, or a platform without decord) is read with PyAV, and that is counted, so that a slow run can say why.  Both number frames
-in the order they are shown and return the same pixels up to rounding.
+codec, or a platform without decord) is read with PyAV, and that is counted, so that a slow run can say why.  torchcodec can stand
+in either place.  All three number frames in the order they are shown and return the same pixels up to rounding.
 
 A file that was cut short is refused before a decoder sees it: decoders may repeat the last frame, or wait for ever.
 Readers are state: they live in a `VideoDecoder`, a few at a time, and never cross into another process.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-Backend = Literal["decord", "pyav"]
+Backend = Literal["decord", "pyav", "torchcodec"]
 DENSE = 3  # decord: where at least one frame in three is asked for, reading on is faster than seeking each
 
 
@@ -44,12 +44,13 @@ class DecodeCounts:
     """What a decoder did in its process.
 
     Attributes:
-        decord, pyav: frames read with each.
-        fallbacks: why decord did not read a file, by path.
+        decord, pyav, torchcodec: frames read with each.
+        fallbacks: why the backend before the one that is used did not read a file, by path.
     """
 
     decord: int = 0
     pyav: int = 0
+    torchcodec: int = 0
     fallbacks: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,6 +63,8 @@ class VideoDecoder:
     """
 
     def __init__(self, backends: Sequence[Backend] = ("decord", "pyav"), open_files: int = 8):
+        if not backends or not set(backends) <= set(OPENERS) or len(set(backends)) < len(backends):
+            raise ValueError(f"video backends are {list(backends)}; expected some of {', '.join(OPENERS)}, each once")
         self.backends = tuple(backends)
         self.open_files = open_files
         self.counts = DecodeCounts()
@@ -73,41 +76,36 @@ class VideoDecoder:
         """Frames at `indices` (any order, repeats allowed), uint8 (n, H, W, 3).
 
         Raises:
-            VideoError: a missing, damaged or truncated file, or frames beyond its end.
+            VideoError: a missing, damaged or truncated file, or frames beyond its end; a backend that is not installed, if it is the last.
         """
         path, asked = Path(path), np.asarray(indices, dtype=np.int64)
         if asked.ndim != 1 or len(asked) == 0 or asked.min() < 0:
             raise VideoError(f"{path}: asked for the frames {asked.tolist()}; expected a list of indices from 0")
         self._forget_the_parents()
         rising, back = np.unique(asked, return_inverse=True)
-        backend, reader = self._reader(path)
-        try:
-            frames = reader.read(rising)
-        except Exception as error:  # decord raises its own errors and plain ones; PyAV then gives the answer, or the reason
-            if backend == "pyav" or "pyav" not in self.backends:
-                raise _as_video_error(path, rising, error) from error
-            backend, reader = self._fall_back(path, error)
-            frames = reader.read(rising)
+        backend, frames = self._read(path, rising)
         setattr(self.counts, backend, getattr(self.counts, backend) + len(rising))
         return frames if len(rising) == len(asked) and np.array_equal(rising, asked) else frames[back]
 
-    def _reader(self, path: Path) -> tuple[Backend, Reader]:
+    def _read(self, path: Path, rising: np.ndarray) -> tuple[Backend, np.ndarray]:
+        """Frames from the backend that has the file open, or else from the first of those after it that gives them."""
         if path in self._readers:
             self._readers.move_to_end(path)
-            return self._readers[path]
-        check_whole(path)
-        if self.backends[0] == "pyav":
-            return self._keep(path, "pyav", PyavReader(path))
-        try:
-            return self._keep(path, "decord", DecordReader(path))
-        except Exception as error:
-            if "pyav" not in self.backends:
-                raise VideoError(f"{path}: decord cannot open it ({_first_line(error)}); allow PyAV as a second backend") from error
-            return self._fall_back(path, error)
-
-    def _fall_back(self, path: Path, error: Exception) -> tuple[Backend, Reader]:
-        self.counts.fallbacks[str(path)] = _first_line(error)
-        return self._keep(path, "pyav", PyavReader(path))
+        else:
+            check_whole(path)
+        untried = self.backends if path not in self._readers else self.backends[self.backends.index(self._readers[path][0]) :]
+        failures: dict[Backend, Exception] = {}
+        for backend in untried:
+            try:
+                _, reader = self._readers[path] if path in self._readers else self._keep(path, backend, OPENERS[backend](path))
+                return backend, reader.read(rising)
+            except Exception as error:  # decord raises its own errors and plain ones; the next backend gives the frames, or the reason
+                self._readers.pop(path, None)
+                failures[backend] = error
+                if backend != self.backends[-1]:
+                    self.counts.fallbacks[str(path)] = _first_line(error)
+        backend = "pyav" if "pyav" in failures else self.backends[-1]  # PyAV says best what is wrong with a file
+        raise _as_video_error(path, rising, backend, failures[backend]) from failures[backend]
 
     def _keep(self, path: Path, backend: Backend, reader: Reader) -> tuple[Backend, Reader]:
         self._readers[path] = (backend, reader)
@@ -215,6 +213,44 @@ class PyavReader:
             ) from error
 
 
+class TorchcodecReader:
+    """A file open in torchcodec, which needs the libraries of an FFmpeg on this machine; frames are numbered by a scan of the file."""
+
+    def __init__(self, path: Path):
+        try:
+            from torchcodec.decoders import VideoDecoder as Decoder
+        except (ImportError, OSError, RuntimeError) as error:  # it is not there, or its libraries cannot be loaded
+            raise VideoError(
+                f"{path}: torchcodec cannot be loaded ({_first_line(error)}); pip install 'wam[torchcodec]' and FFmpeg 4 or newer, or read with decord or pyav"
+            ) from error
+        self.path = path
+        self.video = Decoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Frames at rising indices, uint8 (n, H, W, 3)."""
+        if indices[-1] >= len(self.video):
+            raise _too_short(self.path, int(indices[-1]), len(self.video))
+        return self.video.get_frames_at(indices.tolist()).data.numpy()
+
+
+OPENERS: dict[Backend, Callable[[Path], Reader]] = {"decord": DecordReader, "pyav": PyavReader, "torchcodec": TorchcodecReader}
+
+
+def broken_files(frames: Mapping[Path, int], decoder: VideoDecoder) -> dict[Path, str]:
+    """Why files cannot be used, by path: each is opened and asked for the first and the last of the frames it should have.
+
+    Args:
+        frames: how many frames each file should have, at least 1.
+    """
+    broken: dict[Path, str] = {}
+    for path, count in frames.items():
+        try:
+            decoder.read_frames(path, [0, count - 1])
+        except VideoError as error:
+            broken[path] = str(error)
+    return broken
+
+
 def check_whole(path: Path) -> None:
     """Refuse an mp4 that is missing, empty, has no index, or ends before its last box does.  Reads a few bytes.
 
@@ -258,10 +294,11 @@ def _too_short(path: Path, asked: int, found: int) -> VideoError:
     )
 
 
-def _as_video_error(path: Path, indices: np.ndarray, error: Exception) -> VideoError:
+def _as_video_error(path: Path, indices: np.ndarray, backend: Backend, error: Exception) -> VideoError:
     if isinstance(error, VideoError):
         return error
-    return VideoError(f"{path}: frames {indices[0]}..{indices[-1]} cannot be decoded ({_first_line(error)}); copy or record the file again")
+    remedy = "copy or record the file again" if backend == "pyav" else "read it with pyav, or copy or record the file again"
+    return VideoError(f"{path}: {backend} cannot decode the frames {indices[0]}..{indices[-1]} ({_first_line(error)}); {remedy}")
 
 
 def _first_line(error: BaseException) -> str:
