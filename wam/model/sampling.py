@@ -210,7 +210,10 @@ def _denoise(
 ) -> Sample:
     """Step the tokens of `live` (V before A) along their grids, from pure noise to `stop`."""
     video_moves = Kind.V in live and Kind.V not in mode.pinned
-    at = at if not at.guided or video_moves or how.action_guidance != 1 else conditional(at)  # actions that nothing guides need one side
+    if at.guided and not video_moves and how.action_guidance == 1:
+        for kind in live:
+            at.cache.forget(kind, at.blocks)  # on both sides: what is written next must see the same past on each
+        at = conditional(at)  # actions that nothing guides need one side
     tracks = {kind: _track(model, mode, at, noise, how, kind, given, stop) for kind in live}
     steps = how.steps if video_moves or how.action_steps is None else how.action_steps
     view, reuse = model.view(at.cache, mode.table, live, at.blocks), make_reuse(how.reuse, steps, how.evaluations)
