@@ -166,7 +166,7 @@ def edit_line(path: Path, number: int, **changes: object) -> None:
         ("episodes", {"length": "9"}, r"length '9'"),
         ("episodes", {"length": 11}, r"total_frames = 57, but the episode table adds up to 58"),
         ("episodes", {"episode_index": 3}, r"lists the episodes 0, 2, 3, 3, 4, 5; expected 0, 1, 2"),
-        ("episodes", {"tasks": ["sing"]}, r"episode 1 has the task 'sing', which meta/tasks.jsonl does not list"),
+        ("episodes", {"tasks": ["sing"]}, r"episode 1 has the task 'sing', which meta/tasks does not list"),
         ("episodes", {"tasks": "sing"}, r"the tasks of episode 1 are 'sing'; expected a list"),
         ("episodes", {"tasks": []}, r"episode 1 has no instruction \(its tasks are \[\]\)"),
         ("tasks", {"task_index": 0}, r"task 0 is both 'open the drawer' and 'close the drawer'"),

@@ -310,7 +310,7 @@ def _read_info(root: Path) -> dict[str, Any]:
 def _feature(root: Path, key: str, value: Any) -> Feature:
     try:
         return Feature(str(value["dtype"]), tuple(int(n) for n in value["shape"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DatasetError(f"{root / 'meta/info.json'}: feature {key!r} is {value!r}; expected a dtype and a shape") from error
 
 

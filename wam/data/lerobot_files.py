@@ -149,6 +149,8 @@ def read_column(path: Path, key: str, feature: Feature) -> np.ndarray:
             f"{path}: column {key!r} holds {len(column)} numbers ({column.null_count} missing) in {rows} rows; its shape {feature.shape} asks for {rows * size}"
         )
     try:
+        if np.dtype(feature.dtype).kind not in "biuf":
+            raise TypeError(f"{feature.dtype} is no type of numbers")
         array = column.to_numpy(zero_copy_only=False).astype(feature.dtype, copy=False).reshape(rows, *feature.shape)
     except (TypeError, ValueError) as error:
         raise DatasetError(
@@ -205,6 +207,34 @@ def check_numbering(path: Path, numbers: list[Any]) -> None:
 def is_count(value: Any, least: int = 0) -> TypeGuard[int]:
     """Whether a value of a JSON file is a whole number of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def add_task(path: Path, tasks: dict[int, str], index: Any, text: Any) -> None:
+    """One more instruction from a table of tasks; it must be in words, and its index its own."""
+    if not is_count(index) or not isinstance(text, str):
+        raise DatasetError(f"{path}: task_index is {index!r} and task {text!r}; expected a whole number and an instruction in words")
+    if index in tasks:
+        raise DatasetError(f"{path}: task {index} is both {tasks[index]!r} and {text!r}; leave one")
+    tasks[index] = text
+
+
+def task_texts(path: Path, index: int, tasks: Any, known: dict[int, str]) -> tuple[str, ...]:
+    """The instructions of an episode, as its table has them; () where it has none.  Those in words must be among the tasks of the dataset."""
+    texts = [] if tasks is None else tasks
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DatasetError(f"{path}: the tasks of episode {index} are {tasks!r}; expected a list of instructions")
+    unknown = [text for text in texts if text.strip() and text not in known.values()]
+    if unknown:
+        raise DatasetError(
+            f"{path}: episode {index} has the task {unknown[0]!r}, which meta/tasks does not list; the files are of different datasets: copy them again"
+        )
+    return tuple(texts)
+
+
+def check_counts(path: Path, index: Any, length: Any) -> None:
+    """An episode's number and length must be whole numbers, with at least one row."""
+    if not is_count(index) or not is_count(length, 1):
+        raise DatasetError(f"{path}: episode_index is {index!r} and length {length!r}; expected whole numbers, with at least one row")
 
 
 def _column(path: Path, key: str) -> pa.Array:

@@ -67,7 +67,7 @@ def read_modality(root: Path, features: dict[str, Feature]) -> Modality:
             if not isinstance(entry, dict):
                 raise DatasetError(f"{path}: {key} is {entry!r}; expected an object, such as {{}} or one with start and end")
             column = entry.get("original_key") or DEFAULT_COLUMNS[section].format(name=name)
-            if column not in features:
+            if not isinstance(column, str) or column not in features:
                 raise DatasetError(f"{path}: {key} stands for {column!r}, which meta/info.json does not list; correct its original_key")
             if key in features and key != column:
                 raise DatasetError(f"{path}: {key} is {column!r} here, and a column of its own in meta/info.json; give the group another name")

@@ -13,7 +13,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wam.data.lerobot_files import DatasetError, Episode, Feature, Metadata, VideoSpan, cameras_of, check_numbering, is_count, place, read_json_lines
+from wam.data.lerobot_files import (
+    DatasetError,
+    Episode,
+    Feature,
+    Metadata,
+    VideoSpan,
+    add_task,
+    cameras_of,
+    check_counts,
+    check_numbering,
+    is_count,
+    place,
+    read_json_lines,
+    task_texts,
+)
 
 
 def read_v2(root: Path, info: dict[str, Any], features: dict[str, Feature]) -> Metadata:
@@ -30,8 +44,7 @@ def read_v2(root: Path, info: dict[str, Any], features: dict[str, Feature]) -> M
     tasks = _tasks(root / "meta/tasks.jsonl")
     rows = read_json_lines(path, ("episode_index", "length"))
     for row in rows:
-        if not is_count(row["episode_index"]) or not is_count(row["length"], 1):
-            raise DatasetError(f"{path}: episode_index is {row['episode_index']!r} and length {row['length']!r}; expected whole numbers, with at least one row")
+        check_counts(path, row["episode_index"], row["length"])
     rows.sort(key=lambda row: row["episode_index"])
     check_numbering(path, [row["episode_index"] for row in rows])
     return tasks, [_episode(root, info, row, cameras_of(features), tasks) for row in rows]
@@ -40,28 +53,17 @@ def read_v2(root: Path, info: dict[str, Any], features: dict[str, Feature]) -> M
 def _tasks(path: Path) -> dict[int, str]:
     tasks: dict[int, str] = {}
     for row in read_json_lines(path, ("task_index", "task")):
-        index, text = row["task_index"], row["task"]
-        if not is_count(index) or not isinstance(text, str):
-            raise DatasetError(f"{path}: task_index is {index!r} and task {text!r}; expected a whole number and an instruction in words")
-        if index in tasks:
-            raise DatasetError(f"{path}: task {index} is both {tasks[index]!r} and {text!r}; leave one")
-        tasks[index] = text
+        add_task(path, tasks, row["task_index"], row["task"])
     return tasks
 
 
 def _episode(root: Path, info: dict[str, Any], row: dict[str, Any], cameras: list[str], tasks: dict[int, str]) -> Episode:
-    index, length, texts = row["episode_index"], row["length"], row.get("tasks") or []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DatasetError(f"{root / 'meta/episodes.jsonl'}: the tasks of episode {index} are {texts!r}; expected a list of instructions")
-    unknown = [text for text in texts if text.strip() and text not in tasks.values()]
-    if unknown:
-        raise DatasetError(
-            f"{root / 'meta/episodes.jsonl'}: episode {index} has the task {unknown[0]!r}, which meta/tasks.jsonl does not list; the files are of different datasets: copy them again"
-        )
+    index, length = row["episode_index"], row["length"]
+    texts = task_texts(root / "meta/episodes.jsonl", index, row.get("tasks"), tasks)
     where = {"episode_chunk": index // info["chunks_size"], "episode_index": index}
     data_file = place(root, "data_path", info["data_path"], **where)
     videos = {
         camera: VideoSpan(place(root, "video_path", info.get("video_path"), video_key=camera, **where), 0.0, length / float(info["fps"]), 0)
         for camera in cameras
     }
-    return Episode(index, length, tuple(texts), data_file, videos)
+    return Episode(index, length, texts, data_file, videos)

@@ -10,10 +10,24 @@ Frames are found by time: an episode begins in its mp4 at `from_timestamp`, so i
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from wam.data.lerobot_files import DatasetError, Episode, Feature, Metadata, VideoSpan, cameras_of, check_numbering, place, read_table
+from wam.data.lerobot_files import (
+    DatasetError,
+    Episode,
+    Feature,
+    Metadata,
+    VideoSpan,
+    add_task,
+    cameras_of,
+    check_counts,
+    check_numbering,
+    place,
+    read_table,
+    task_texts,
+)
 
 
 def read_v3(root: Path, info: dict[str, Any], features: dict[str, Feature]) -> Metadata:
@@ -38,9 +52,11 @@ def read_v3(root: Path, info: dict[str, Any], features: dict[str, Feature]) -> M
         if missing:
             raise DatasetError(f"{file} lacks the columns {', '.join(missing)}; it was written by another version or is incomplete: record the dataset again")
         rows += table.to_pylist()
+    for row in rows:
+        check_counts(root / "meta/episodes", row["episode_index"], row["length"])
     rows.sort(key=lambda row: row["episode_index"])
     check_numbering(root / "meta/episodes", [row["episode_index"] for row in rows])
-    return tasks, [_episode(root, info, row, cameras) for row in rows]
+    return tasks, [_episode(root, info, row, cameras, tasks) for row in rows]
 
 
 def _tasks(path: Path) -> dict[int, str]:
@@ -48,14 +64,17 @@ def _tasks(path: Path) -> dict[int, str]:
     names = [name for name in table.column_names if name != "task_index"]
     if "task_index" not in table.column_names or len(names) != 1:
         raise DatasetError(f"{path} has the columns {', '.join(table.column_names)}; expected task_index, and the instructions as its index")
-    return dict(zip(table.column("task_index").to_pylist(), table.column(names[0]).to_pylist(), strict=True))
+    tasks: dict[int, str] = {}
+    for index, text in zip(table.column("task_index").to_pylist(), table.column(names[0]).to_pylist(), strict=True):
+        add_task(path, tasks, index, text)
+    return tasks
 
 
-def _episode(root: Path, info: dict[str, Any], row: dict[str, Any], cameras: list[str]) -> Episode:
-    index, length = int(row["episode_index"]), int(row["length"])
+def _episode(root: Path, info: dict[str, Any], row: dict[str, Any], cameras: list[str], tasks: dict[int, str]) -> Episode:
+    index, length = row["episode_index"], row["length"]
     data_file = place(root, "data_path", info["data_path"], chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
     videos = {camera: _span(root, info, row, camera, index, length) for camera in cameras}
-    return Episode(index, length, tuple(row.get("tasks") or ()), data_file, videos)
+    return Episode(index, length, task_texts(root / "meta/episodes", index, row.get("tasks"), tasks), data_file, videos)
 
 
 def _span(root: Path, info: dict[str, Any], row: dict[str, Any], camera: str, index: int, length: int) -> VideoSpan:
@@ -65,7 +84,9 @@ def _span(root: Path, info: dict[str, Any], row: dict[str, Any], camera: str, in
         raise DatasetError(
             f"{root}: episode {index} has no video of {camera} ({', '.join(absent)} missing in meta/episodes); leave the episode out, or record it again"
         )
-    fps, start, end = float(info["fps"]), float(part["from_timestamp"]), float(part["to_timestamp"])
+    fps, start, end = float(info["fps"]), part["from_timestamp"], part["to_timestamp"]
+    if not all(isinstance(time, (int, float)) and math.isfinite(time) for time in (start, end)) or start < 0:
+        raise DatasetError(f"{root}: the video of {camera} of episode {index} spans {start!r}..{end!r} s in meta/episodes; expected seconds from 0 on")
     first, frames = round(start * fps), round((end - start) * fps)
     if frames < length:
         raise DatasetError(
@@ -73,4 +94,4 @@ def _span(root: Path, info: dict[str, Any], row: dict[str, Any], camera: str, in
             "the recording was cut short: record it again"
         )
     path = place(root, "video_path", info.get("video_path"), video_key=camera, chunk_index=part["chunk_index"], file_index=part["file_index"])
-    return VideoSpan(path, start, end, first)
+    return VideoSpan(path, float(start), float(end), first)
