@@ -129,6 +129,27 @@ def test_damaged_missing_and_short_files(tmp_path: Path) -> None:
             VideoDecoder(backends).read_frames(short, [-1])
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libsvtav1"])
+def test_damage_anywhere_is_noticed_or_harmless(tmp_path: Path, codec: str) -> None:
+    path, damaged, noticed, wrong = tmp_path / "file.mp4", tmp_path / "damaged.mp4", 0, 0
+    fixture.write_video(path, list(range(24)), codec=codec, gop=6)
+    data, wanted = path.read_bytes(), VideoDecoder(("pyav",)).read_frames(path, range(24))
+    for seed in range(80):
+        rng, copy = np.random.default_rng(seed), bytearray(data)
+        at = int(rng.integers(len(data)))
+        copy[at : at + 4] = rng.bytes(len(copy[at : at + 4]))
+        damaged.write_bytes(copy)
+        broken = broken_files({damaged: 24}, VideoDecoder(("pyav",)), "all")
+        noticed += len(broken)
+        if not broken:
+            wrong += any(not np.array_equal(VideoDecoder(("pyav",)).read_frames(damaged, asked), wanted[asked]) for asked in ([0, 5, 6, 23], list(range(24))))
+        try:
+            assert VideoDecoder().read_frames(damaged, [0, 23]).shape == (2, 64, 64, 3)
+        except VideoError as error:
+            assert str(damaged) in str(error)
+    assert 20 < noticed < 80 and wrong <= 4, "changed bits can be a valid stream of other pixels, which nothing notices, but seldom"
+
+
 def test_few_files_stay_open_and_decoders_travel(tmp_path: Path) -> None:
     decoder = VideoDecoder(open_files=2)
     for number in range(4):

@@ -25,6 +25,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 Backend = Literal["decord", "pyav", "torchcodec"]
+CHECKED = 64  # frames held at a time while a file is looked at
 DENSE = 3  # decord: where at least one frame in three is asked for, reading on is faster than seeking each
 
 
@@ -150,7 +151,7 @@ class PyavReader:
     """A file open in PyAV, with the presentation time of every frame, from the packets (nothing is decoded for that).
 
     Frame i is the i-th in order of presentation time, whatever the rate or the first timestamp.  Reading on from where the last
-    call ended does not seek.
+    call ended does not seek.  A frame whose decoder reports damage is refused, as is what builds on it; decord conceals some damage.
     """
 
     def __init__(self, path: Path):
@@ -171,6 +172,7 @@ class PyavReader:
         self.colours = VideoReformatter()  # one for all frames: making it costs far more than using it
         self.frames: Iterator[av.VideoFrame] = iter(())
         self.next = len(times)  # the frame that comes next; none before the first seek
+        self.sought = 0  # the key frame of the last seek; what is shown before it may lack what it refers to
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Frames at rising indices, uint8 (n, H, W, 3)."""
@@ -194,6 +196,7 @@ class PyavReader:
     def _seek(self, index: int) -> None:
         """Go to the last key frame from which `index` is still to come; demuxers differ in what they seek by."""
         for key in range(bisect_right(self.keys, index) - 1, -1, -1):
+            self.sought = self.keys[key]
             self.container.seek(self.key_times[key], stream=self.stream)
             self.frames = self.container.decode(self.stream)
             first = self._take(index)
@@ -206,11 +209,14 @@ class PyavReader:
     def _take(self, index: int) -> av.VideoFrame | None:
         """The next decoded frame, on the way to `index`; None at the end of the file."""
         try:
-            return next(self.frames, None)
+            frame = next(self.frames, None)
         except av.error.FFmpegError as error:
             raise VideoError(
                 f"{self.path}: decoding failed on the way to frame {index} ({_first_line(error)}); the file is damaged: copy or record it again"
             ) from error
+        if frame is not None and frame.is_corrupt and self.number.get(frame.pts, -1) >= self.sought:
+            raise VideoError(f"{self.path}: decoding failed on the way to frame {index} (a frame is incomplete); the file is damaged: copy or record it again")
+        return frame
 
 
 class TorchcodecReader:
@@ -236,16 +242,18 @@ class TorchcodecReader:
 OPENERS: dict[Backend, Callable[[Path], Reader]] = {"decord": DecordReader, "pyav": PyavReader, "torchcodec": TorchcodecReader}
 
 
-def broken_files(frames: Mapping[Path, int], decoder: VideoDecoder) -> dict[Path, str]:
-    """Why files cannot be used, by path: each is opened and asked for the first and the last of the frames it should have.
+def broken_files(frames: Mapping[Path, int], decoder: VideoDecoder, look_at: Literal["ends", "all"] = "ends") -> dict[Path, str]:
+    """Why files cannot be used, by path.
 
     Args:
-        frames: how many frames each file should have, at least 1.
+        frames: how many frames each file should have, at least 1 (`LeRobotDataset.frames_needed`).
+        look_at: the first and the last frame, which finds what is missing or cut short; or all, which with PyAV also finds what is damaged.
     """
     broken: dict[Path, str] = {}
     for path, count in frames.items():
         try:
-            decoder.read_frames(path, [0, count - 1])
+            for first in [0, count - 1] if look_at == "ends" else range(0, count, CHECKED):
+                decoder.read_frames(path, range(first, min(first + CHECKED, count)) if look_at == "all" else [first])
         except VideoError as error:
             broken[path] = str(error)
     return broken
