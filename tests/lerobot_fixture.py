@@ -154,10 +154,24 @@ def _write_v2(source: Path, root: Path, version: str, info: dict, episodes: pd.D
         file = info["video_path"].format(video_key=CAMERA, chunk_index=0, file_index=row[f"videos/{CAMERA}/file_index"])
         first = round(row[f"videos/{CAMERA}/from_timestamp"] * info["fps"])
         _encode_losslessly(frames[source / file][first : first + row["length"]], root / template["video_path"].format(video_key=CAMERA, **where), info["fps"])
+    whole, *parts = [_stats(rows), *(_stats(rows[rows.episode_index == number]) for number in episodes.episode_index)]
+    if version == "v2.1":
+        _write_lines(root / "meta/episodes_stats.jsonl", [{"episode_index": number, "stats": part} for number, part in enumerate(parts)])
+    else:
+        (root / "meta/stats.json").write_text(json.dumps(whole))
     kept = ["episode_index", "length", *(["tasks"] if "tasks" in episodes else [])]
     _write_lines(root / "meta/episodes.jsonl", json.loads(episodes[kept].to_json(orient="records")))
     _write_lines(root / "meta/tasks.jsonl", [{"task_index": number, "task": text} for number, text in texts.items()])
     return template | {"codebase_version": version, "chunks_size": 5, "total_chunks": 3, "total_videos": len(episodes)}
+
+
+def _stats(rows: pd.DataFrame) -> dict:
+    """Of every vector."""
+    vectors = {key: np.stack(list(rows[key])).astype(np.float64) for key in ("observation.state", "action", "action.executed")}
+    return {
+        key: {name: getattr(values, name)(axis=0).tolist() for name in ("min", "max", "mean", "std")} | {"count": [len(values)]}
+        for key, values in vectors.items()
+    }
 
 
 def _decoded(path: Path) -> Iterator[np.ndarray]:

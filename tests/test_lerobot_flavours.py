@@ -135,6 +135,31 @@ def test_videos_that_are_cut_short_are_found(tiny: Path, tmp_path: Path) -> None
     assert list(broken_files(dataset.frames_needed("video.front"), VideoDecoder())) == [longer]
 
 
+def test_statistics_of_episodes_pool_to_those_of_the_whole(tiny: Path, root: Path, tmp_path: Path) -> None:
+    whole, pooled = LeRobotDataset(fixture.write_flavour(tiny, tmp_path / "v2.0", "v2.0")).stats(), LeRobotDataset(root).stats()
+    assert whole.keys() == pooled.keys() == {"observation.state", "action", "action.executed"} and LeRobotDataset(tiny).stats() == {}
+    for key, entry in whole.items():
+        assert entry.keys() == pooled[key].keys()
+        for name, value in entry.items():
+            np.testing.assert_allclose(pooled[key][name], value, atol=1e-9)
+    path = root / "meta/episodes_stats.jsonl"
+    text = path.read_text()
+    stats = json.loads(text.splitlines()[1])["stats"]
+    for changes, message in (
+        ({"episode_index": 0}, r"statistics of 5 episodes in 6 lines; expected one line for each of 6"),
+        ({"stats": 3}, "the statistics of episode 1 are no object"),
+        ({"stats": stats | {"action": {"min": ["x"]}}}, "the statistics of 'action' of episode 1 are no numbers"),
+        ({"stats": stats | {"action": stats["action"] | {"mean": [float("nan")] * 4}}}, "mean of 'action' of episode 1 is not finite"),
+        ({"stats": stats | {"action": stats["action"] | {"mean": [1, 2]}}}, "not every episode has .* of 'action' in one shape"),
+        ({"stats": stats | {"action": stats["action"] | {"count": [0]}}}, "count 0 of 'action'"),
+        ({"stats": {}}, "not every episode has min, max, mean, std, count of 'observation.state'"),
+    ):
+        path.write_text(text)
+        edit_line(path, 1, **changes)
+        with pytest.raises(DatasetError, match=message):
+            LeRobotDataset(root).stats()
+
+
 def test_discarded_episodes_are_in_no_split(root: Path) -> None:
     fixture.edit_info(root, discarded_episode_indices=[1, 4])
     assert LeRobotDataset(root).split(0.0) == {"train": [0, 2, 3, 5], "validation": []}

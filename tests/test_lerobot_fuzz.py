@@ -57,6 +57,7 @@ def use(root: Path) -> None:
         assert dataset.spans(episode.index)[-1].stop == episode.length
     dataset.split(0.3)
     dataset.frames_needed(fixture.CAMERA)
+    dataset.stats()
 
 
 def refuses_or_reads(root: Path) -> bool:

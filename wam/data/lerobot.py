@@ -26,6 +26,7 @@ import numpy as np
 from wam.data.language import Span, Words, first_written
 from wam.data.lerobot_files import DatasetError, Episode, Feature, MetadataReader, VideoSpan, episode_rows, is_count, read_column, read_json, read_texts
 from wam.data.lerobot_modality import Modality, read_embodiment, read_modality
+from wam.data.lerobot_stats import Stats, read_stats
 from wam.data.lerobot_v2 import read_v2
 from wam.data.lerobot_v3 import read_v3
 
@@ -163,6 +164,14 @@ class LeRobotDataset:
         """Every wording of the instruction at a row: what the columns of `language` say, each once, empty ones left out."""
         texts = [self.words(episode, name).at(row) for name in self.language]
         return tuple(dict.fromkeys(text for text in texts if text.strip()))
+
+    def stats(self) -> Stats:
+        """What the dataset says about its columns, by feature and then "min", "max", "mean", "std", "count"; empty where it says nothing.
+
+        Raises:
+            DatasetError: damaged statistics, or of other episodes than these.
+        """
+        return read_stats(self.root, self.info["codebase_version"], len(self.episodes))
 
     def frames_needed(self, camera: str) -> dict[Path, int]:
         """How many frames each video of a camera must have, by file: up to the last one that an episode shows."""

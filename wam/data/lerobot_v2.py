@@ -5,7 +5,7 @@
     data/chunk-000/episode_000000.parquet
     videos/chunk-000/CAMERA/episode_000000.mp4       the chunk comes before the camera; v3.0 has it the other way round
 
-The two versions differ in their statistics alone (stats.json, or episodes_stats.jsonl), which are not read here.
+The two versions differ in their statistics alone (stats.json, or episodes_stats.jsonl), which `lerobot_stats` reads.
 """
 
 from __future__ import annotations
