@@ -32,6 +32,7 @@ from wam.files import is_disk_full
 T = TypeVar("T")
 
 DEFAULT_CONFIG = Path("configs/metaworld_tiny.yaml")
+EXIT_FOUND = 1  # `wam check` found errors in a dataset
 EXIT_ERROR = 2  # as argparse does for a wrong command line
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 MENDABLE = (ValueError, OSError, RuntimeError, ImportError)  # a person can mend these; anything else is a bug and keeps its traceback
@@ -40,15 +41,15 @@ MENDABLE = (ValueError, OSError, RuntimeError, ImportError)  # a person can mend
 # ------------------------------------------------------------------------------------------------ errors
 
 
-def run_main(handler: Callable[[], None], debug: bool = False) -> int:
-    """Run a command and return its exit code: 0, 2 after one line that says what went wrong, or 130 after Ctrl-C.
+def run_main(handler: Callable[[], int | None], debug: bool = False) -> int:
+    """Run a command and return its exit code: its own (none is 0), 2 after one line that says what went wrong, or 130 after Ctrl-C.
 
     Args:
         handler: the command, without arguments.
         debug: also show the traceback.
     """
     try:
-        handler()
+        return handler() or 0
     except KeyboardInterrupt as interrupt:
         if debug:
             traceback.print_exc()
@@ -61,7 +62,6 @@ def run_main(handler: Callable[[], None], debug: bool = False) -> int:
             traceback.print_exc()
         print(f"wam: error: {_explain(error)}", file=sys.stderr)
         return EXIT_ERROR
-    return 0
 
 
 def _explain(error: Exception) -> str:
@@ -167,6 +167,46 @@ def _collect(args: argparse.Namespace) -> None:
 
     collect(config.collect, Path(config.data.root))
     print(f"wrote {config.data.root}")
+
+
+CHECK = """\
+Look for what is known to break policies without a word, before anything is trained on a dataset: turned or swapped
+cameras, columns of another robot, labels that are the state, frames and rows out of step, clipped or dead dimensions,
+signs that flip, missing instructions, wrong rates, statistics or adapters that belong to something else. Every row is
+read, and the frames of some episodes. Exit code 0 without errors, 1 with errors (warnings do not count), 2 where the
+check itself could not run.
+
+examples:
+  wam check data/metaworld
+  wam check data/mine --config configs/metaworld_tiny.yaml 'data.cameras=[observation.images.front]'
+  wam check data/mine --checkpoint runs/mine/checkpoint --episodes 50 --output runs/check
+
+writes (in runs/check-<dataset>, or --output):
+  report.html                findings, a contact sheet of every camera, motion against state, histograms
+  findings.json              the findings alone
+"""
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", type=Path, help="LeRobot dataset directory")
+    _add_config(parser)
+    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint that training will go on from: its rate, statistics and adapters are checked too")
+    parser.add_argument("--episodes", metavar="N", type=_positive, default=16, help="episodes whose frames are looked at, spread over the dataset (default: 16)")
+    _add_output(parser, "where the report goes (default: runs/check-<dataset>)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("expected a whole number, at least 1")
+    return int(text)
+
+
+def _check(args: argparse.Namespace) -> int:
+    config = load_config(args.config, [*args.overrides, *_flag_overrides({"data.root": str(args.dataset)})])
+
+    from wam.evaluation.check_report import check
+
+    return EXIT_FOUND if check(args.dataset, config, args.output or Path("runs") / f"check-{args.dataset.resolve().name}", args.episodes, args.checkpoint) else 0
 
 
 TRAIN = """\
@@ -509,11 +549,12 @@ class Command:
     summary: str
     about: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    handler: Callable[[argparse.Namespace], None]
+    handler: Callable[[argparse.Namespace], int | None]
 
 
 COMMANDS = (
     Command("collect", "record demonstrations of scripted experts as a LeRobot dataset", COLLECT, _collect_arguments, _collect),
+    Command("check", "look for what breaks policies silently in a dataset", CHECK, _check_arguments, _check),
     Command("train", "train a model, or go on training it", TRAIN, _train_arguments, _train),
     Command("rollout", "drive a robot in a simulator and count successes", ROLLOUT, _rollout_arguments, _rollout),
     Command("imagine", "compare imagined video with what happened", IMAGINE, _imagine_arguments, _imagine),

@@ -83,7 +83,7 @@ _STYLE: Any = {  # the stubs of matplotlib 3.11 want a literal type of all its k
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of `width` x `height` inches that is written to `path` when the block ends."""
     try:
         import matplotlib
@@ -109,7 +109,7 @@ def draw_timeline(config: TimelineConfig, path: Path) -> None:
     stride, steps = config.stride, config.actions_per_block
     frames, latents = blocks * config.frames_per_block, blocks * config.latents_per_block
     wide = stride * config.temporal_stride
-    with _figure(path, 9.6, 2.75) as figure:
+    with new_figure(path, 9.6, 2.75) as figure:
         axes = figure.add_subplot()
         _boxes(axes, 3, [(-stride, stride, "$p_{0}$"), *((j * stride, stride, f"$p_{{{j + 1}}}$") for j in range(frames))], PAPER, "pixel frames")
         _boxes(axes, 2, [(-stride, stride, "H")], KIND_COLORS[Kind.H], "")
@@ -201,7 +201,7 @@ def mask_picture(mode: str | Mode, config: Config | None = None, kinds: Collecti
 
 def draw_mask(mode: str, path: Path) -> None:
     """The attention mask of one mode: rows attend to columns, coloured by what the column is; what the mode opens is outlined."""
-    with _figure(path, 3.6, 3.75) as figure:
+    with new_figure(path, 3.6, 3.75) as figure:
         _mask_axes(figure.add_subplot(), mask_picture(mode))
 
 
@@ -222,7 +222,7 @@ def _draw_pictures(pictures: Sequence[MaskPicture], path: Path, title: str = "")
     columns = min(3, len(pictures) + 1)
     rows = len(pictures) // columns + 1
     head, height = (0.5 if title else 0.0), 3.75 * rows
-    with _figure(path, 3.4 * columns, height + head) as figure:
+    with new_figure(path, 3.4 * columns, height + head) as figure:
         if title:
             figure.text(0.02, 1 - 0.1 / (height + head), title, fontsize=15, fontweight="bold", color=FAINT, va="top")
             figure.set_layout_engine("constrained", rect=(0, 0, 1, height / (height + head)))
@@ -302,7 +302,7 @@ def draw_learning_curves(log: Path, path: Path) -> None:
     records = read_log(log)
     if not any(key.startswith(("train/", "val/")) for record in records for key in record):
         raise ValueError(f"{log} holds {len(records)} records and no losses; train for at least training.log_every steps")
-    with _figure(path, 10.2, 3.5) as figure:
+    with new_figure(path, 10.2, 3.5) as figure:
         panels = figure.subplots(1, 3)
         for axes, part, kind in ((panels[0], "video", Kind.V), (panels[1], "action", Kind.A)):
             axes.set_title(f"{part} loss")

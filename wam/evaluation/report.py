@@ -101,7 +101,7 @@ def _swatch(mode: str) -> Html | None:
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def _drawing(draw: Callable[[Path], None], label: str, class_: str = "plot") -> Html:
+def drawing(draw: Callable[[Path], None], label: str, class_: str = "plot") -> Html:
     """A figure as inline SVG in the page's own colours, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.svg"
@@ -162,7 +162,7 @@ def _about(data: Run) -> Html:
     tree = data.section("config").get("timeline")
     timeline = absent("No picture of the timeline: results.json has no config.timeline")
     if tree is not None:
-        timeline = _drawing(lambda path: draw_timeline(from_dict(TimelineConfig, tree, "timeline"), path), "picture of the timeline")
+        timeline = drawing(lambda path: draw_timeline(from_dict(TimelineConfig, tree, "timeline"), path), "picture of the timeline")
     text = (
         "A world action model is one network that predicts the video a robot will see and the actions that lead there. "
         "An episode is one stream of tokens on one clock, and a small table says which tokens may attend to which: every mode below is the same weights under another table. "
@@ -230,7 +230,7 @@ def _modes(data: Run) -> Html:
 def _mode_card(name: str) -> Html:
     mode = MODES[name]
     opened = "; ".join(f"{q.label} sees {k.label} {RELATION_WORDS[relation]}" for (q, k), relation in mode.opened.items())
-    picture = _drawing(partial(draw_mask, name), f"mask of {name}", class_="mask")
+    picture = drawing(partial(draw_mask, name), f"mask of {name}", class_="mask")
     return tag(
         "article",
         tag("h3", _swatch(name), name),
@@ -244,7 +244,7 @@ def _training(data: Run) -> Html:
     log = data.root / "train" / "log.jsonl"
     if not log.is_file():
         return section("training", "Training", absent("No learning curves: train/log.jsonl is not there; `wam train` writes it"))
-    curves = _drawing(lambda path: draw_learning_curves(log, path), "learning curves")
+    curves = drawing(lambda path: draw_learning_curves(log, path), "learning curves")
     caption = (
         "Flow-matching losses on the training windows and, per mode, on held-out episodes; right, the squared error of sampled actions on held-out episodes in "
         "normalised units, beside two policies that know nothing. Logarithmic axes."
