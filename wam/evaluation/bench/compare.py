@@ -202,18 +202,18 @@ def _bare_attention(model: WorldActionModel, inputs: Inputs, queries: int, keys:
 # ------------------------------------------------------------------------------------------------ modes against each other
 
 
-def compare_skip(config: Config, size: str, limit: float, bench: Bench, steps: int = 10) -> Comparison:
-    """Actions alone against video and actions, on the same memory."""
+def compare_skip(config: Config, size: str, limit: float, bench: Bench, steps: int = 10, robots: int = 1) -> Comparison:
+    """Actions alone against video and actions, on the same memory, for one robot or several side by side."""
     model = build_model(config, bench.device, bench.dtype)
     inputs = Inputs.of(model)
-    memory = remember(inputs, 1, past=min(2, config.timeline.history))
+    memory = remember(inputs, robots, past=min(2, config.timeline.history))
 
     def call(mode: str) -> Callable[[], object]:
         return sampling_call(model, inputs, memory, mode, SamplingConfig(steps=steps))
 
     times = alternate({name: call(name) for name in ("skip", "joint")}, bench.repeats, bench.device)
     expert = f", expert of {config.model.expert_width}" if config.model.expert_width else ""
-    setting = f"{size}{expert}, {config.model.layers} layers, {config.timeline.latents_per_block} frames of {model.clock.patches} patches, {config.timeline.actions_per_block} actions"
+    setting = f"{size}{expert}, {robots} robot{'s' * (robots > 1)}, {config.model.layers} layers, {config.timeline.latents_per_block} frames of {model.clock.patches} patches, {config.timeline.actions_per_block} actions"
     return Comparison(f"skip against joint, {steps} steps", setting, "skip", "joint", times["skip"], times["joint"], limit)
 
 

@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {"cpu": ("256", "512", "1024"), "cuda": ("1.3b", "5b", "14b")}
 QUICK = Bench(torch.device("cpu"), torch.float32, repeats=2, chunks=(2, 4), history=3)
 DEEP = "model.layers=6"  # the default depth, for modes: what a step computes once (levels, action encoder) would weigh too much in two layers
+ROBOTS = (1, 8)  # plans side by side: for one, products of 24 rows wait for weights from memory
 EXPERT_FROM = 1024  # the width from which an expert of a third is measured too
 
 
@@ -137,7 +138,8 @@ def _jobs(sizes: Sequence[str], bench: Bench, quick: bool) -> list[Job]:
             jobs += _stages(config, size, cost, bench, quick)
             continue
         deep = size_config(size, DEEP)
-        jobs.append(Job(f"skip, {size}", 60 * cost, lambda c=deep, s=size: [compare_skip(c, s, 1 / 4, bench)]))  # type: ignore[misc]
+        for robots in ROBOTS:
+            jobs.append(Job(f"skip, {size}, {robots}", 60 * robots * cost, lambda c=deep, s=size, r=robots: [compare_skip(c, s, 1 / 4, bench, robots=r)]))  # type: ignore[misc]
         if config.model.width >= EXPERT_FROM:
             with_expert = size_config(size, DEEP, f"model.expert_width={_third(config.model.width)}")
             jobs.append(Job(f"skip with an expert, {size}", 54 * cost, lambda c=with_expert, s=size: [compare_skip(c, s, 1 / 10, bench)]))  # type: ignore[misc]
