@@ -278,10 +278,10 @@ def _sample(setup: Setup, prefix: str, mask: str, full: bool, number: int, chunk
 
 
 def _how(setup: Setup, full: bool, number: int) -> SamplingConfig:
-    """`full{n}` evaluates each of n steps, `skip{n}` n of the release's; for numbers that it has no mask for, the release evaluates all."""
+    """`full{n}` evaluates each of n steps, `skip{n}` n of them; the release evaluates all of its 16 where it has no mask for that number."""
     s, grid = setup.model.config.sampling, setup.case.outputs.get("sample/timesteps")
     steps = number if full else STEPS if grid is None else len(grid)
-    return replace(s, steps=steps, reuse="none" if full or number not in PUBLISHED else "mask", evaluations=number)
+    return replace(s, steps=steps, reuse="none" if full or (steps == STEPS and number not in PUBLISHED) else "mask", evaluations=number)
 
 
 # ------------------------------------------------------------------------------------------------ the image branch at another width
