@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {"cpu": ("256", "512", "1024"), "cuda": ("1.3b", "5b", "14b")}
 QUICK = Bench(torch.device("cpu"), torch.float32, repeats=2, chunks=(2, 4), history=3)
 DEEP = "model.layers=6"  # the default depth, for modes: what a step computes once (levels, action encoder) would weigh too much in two layers
-ROBOTS = (1, 8)  # plans side by side: for one, products of 24 rows wait for weights from memory
+ROBOTS = (1, 4)  # plans side by side: for one, products of 24 rows wait for weights from memory
 EXPERT_FROM = 1024  # the width from which an expert of a third is measured too
 
 
