@@ -102,6 +102,12 @@ class Modulation:
         levels, runs = _cut(self.runs, tokens.start, tokens.stop)
         return Modulation(self.temb_BKD[:, levels], self.shifts_BK6D[:, levels], runs)
 
+    def split(self, runs: Sequence[tuple[int, ...]]) -> list[Modulation]:
+        """The levels of several sequences that were embedded together, one after the other."""
+        counts = [len(r) for r in runs]
+        parts = zip(self.temb_BKD.split(counts, 1), self.shifts_BK6D.split(counts, 1), runs, strict=True)
+        return [Modulation(temb, shifts, own) for temb, shifts, own in parts]
+
     @staticmethod
     def cat(parts: Sequence[Modulation]) -> Modulation:
         """One sequence after the other."""
@@ -112,11 +118,15 @@ class Modulation:
 
 def modulate(h_BLD: Tensor, shift_BKD: Tensor, scale_BKD: Tensor, runs: tuple[int, ...]) -> Tensor:
     """`h * (1 + scale) + shift`, each level over its run; nothing of size (B, L, D) but the result is made."""
+    if len(runs) == 1:  # the usual case where tokens are denoised
+        return torch.addcmul(shift_BKD, h_BLD, 1 + scale_BKD)
     return _join([torch.addcmul(_level(shift_BKD, p), _run(h_BLD, p), 1 + _level(scale_BKD, p)).flatten(1, 2) for p in _pieces(runs)])
 
 
 def add_gated(x_BLD: Tensor, h_BLD: Tensor, gate_BKD: Tensor, runs: tuple[int, ...]) -> Tensor:
     """`x + gate * h` in float32, each level over its run; in the dtype of `x`."""
+    if len(runs) == 1:
+        return torch.addcmul(x_BLD.float(), h_BLD.float(), gate_BKD).type_as(x_BLD)
     out = [torch.addcmul(_run(x_BLD, p).float(), _run(h_BLD, p).float(), _level(gate_BKD, p)).flatten(1, 2) for p in _pieces(runs)]
     return _join(out).type_as(x_BLD)
 
@@ -199,7 +209,7 @@ class Context:
 
 
 def _heads(x: Tensor, attn: WanAttention) -> Tensor:
-    return x.unflatten(-1, (attn.heads, -1))
+    return x.view(*x.shape[:-1], attn.heads, x.shape[-1] // attn.heads)
 
 
 def text_keys_values(attn: WanAttention, text_UTD: Tensor) -> KeysValues:

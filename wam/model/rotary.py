@@ -41,5 +41,5 @@ class Rotary:
 
         A pair of channels is one complex number: a single product, several times faster than writing out sines and cosines.
         """
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
         return torch.view_as_real(pairs * self.turn).flatten(-2).type_as(x)

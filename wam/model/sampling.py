@@ -217,10 +217,11 @@ def _denoise(
     tracks = {kind: _track(model, mode, at, noise, how, kind, given, stop) for kind in live}
     steps = how.steps if video_moves or how.action_steps is None else how.action_steps
     view, reuse = model.view(at.cache, mode.table, live, at.blocks), make_reuse(how.reuse, steps, how.evaluations)
+    ahead = model.embed_ahead([_noisy(model, at, tracks, i) for i in range(steps)])
     velocities: tuple[Tensor | None, Tensor | None] = (None, None)
     for i in range(steps):
         if reuse.evaluate(i):
-            velocities = _velocities(model, view, at, how, {kind: (track.x, track.level(i)) for kind, track in tracks.items()})
+            velocities = _velocities(model, view, at, how, replace(_noisy(model, at, tracks, i), ahead=ahead[i]))
             reuse.record(next(v for v in velocities if v is not None))
         for kind, velocity in zip((Kind.V, Kind.A), velocities, strict=True):
             if kind in tracks and velocity is not None:
@@ -250,15 +251,20 @@ def _track(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how
     return _Track(start, grid.timesteps.to(model.device), make_solver(how.solver, grid), held, axis, keep)
 
 
-def _velocities(model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, tokens: dict[Kind, tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
-    """The network's velocities of video and actions, guided where both sides are there; unless guided, actions are the condition's."""
+def _noisy(model: WorldActionModel, at: Situation, tracks: dict[Kind, _Track], i: int) -> Noisy:
+    """The tokens of step i, for every row."""
     parts: dict[str, Any] = {}
-    for kind, (x, t) in tokens.items():
+    for kind, track in tracks.items():
         names = ("video_BCFHW", "video_t_BF") if kind is Kind.V else ("action_BTA", "action_t_BT")
-        parts |= dict(zip(names, (_rows(at, x), _rows(at, t)), strict=True))
-    if model.live_state and Kind.A in tokens:
+        parts |= dict(zip(names, (_rows(at, track.x), _rows(at, track.level(i))), strict=True))
+    if model.live_state and Kind.A in tracks:
         parts["state_BnS"] = at.state_BnS
-    video, action = model.denoise(view, Noisy(**parts), at.conditions, at.embodiment_B)
+    return Noisy(**parts)
+
+
+def _velocities(model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, noisy: Noisy) -> tuple[Tensor | None, Tensor | None]:
+    """The network's velocities of video and actions, guided where both sides are there; unless guided, actions are the condition's."""
+    video, action = model.denoise(view, noisy, at.conditions, at.embodiment_B)
     if not at.guided:
         return video, action
     rows = at.rows

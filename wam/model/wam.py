@@ -16,7 +16,7 @@ P patches a frame, A actions a block, L tokens, D width, E the action tokens' wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class Noisy:
         action_BTA: (B, A, .).
         action_t_BT: timesteps (B, A), or (B, 1) for all actions.
         state_BnS: the block's states (B, states_per_block, .), where they are not cached because they take the actions' level.
+        ahead: the levels, embedded ahead; default: they are embedded now.
     """
 
     video_BCFHW: Tensor | None = None
@@ -88,6 +89,15 @@ class Noisy:
     action_BTA: Tensor | None = None
     action_t_BT: Tensor | None = None
     state_BnS: Tensor | None = None
+    ahead: Ahead | None = None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Noise levels of one solver step, embedded with those of all the others (`WorldActionModel.embed_ahead`)."""
+
+    video: Modulation | None = None
+    action: Modulation | None = None
 
 
 @dataclass(frozen=True)
@@ -468,25 +478,55 @@ class WorldActionModel(nn.Module):
 
     def hidden_denoise(self, view: View, noisy: Noisy, conditions: Conditions, embodiment_B: Tensor) -> Hidden:
         """One block's noisy tokens after the last block."""
+        ahead = noisy.ahead or self.embed_ahead([noisy])[0]
         video = action = None
         if noisy.video_BCFHW is not None:
-            assert noisy.video_t_BF is not None
-            frames, count = noisy.video_BCFHW.shape[2], noisy.video_t_BF.shape[1]
+            assert ahead.video is not None
             x = self.embed_video(noisy.video_BCFHW, conditions.first_frame_at([list(self.clock.frames(b)) for b in view.blocks]))
-            video = self._stream(x, self._video_levels(noisy.video_t_BF, (frames // count * self.clock.patches,) * count), conditions, video=True)
+            video = self._stream(x, ahead.video, conditions, video=True)
         if noisy.action_BTA is not None:
-            action = self._stream(*self._embed_noisy_actions(noisy, embodiment_B), conditions, video=False)
+            assert ahead.action is not None and noisy.action_t_BT is not None
+            x = self._encode_actions(noisy.action_BTA, noisy.action_t_BT, embodiment_B)
+            if noisy.state_BnS is not None:
+                x = torch.cat([self._encode_states(noisy.state_BnS, embodiment_B), x], dim=1)
+            action = self._stream(x, ahead.action, conditions, video=False)
         return self.run(video, action, view.attends)
 
-    def _embed_noisy_actions(self, noisy: Noisy, embodiment_B: Tensor) -> tuple[Tensor, Modulation]:
+    def embed_ahead(self, steps: Sequence[Noisy]) -> list[Ahead]:
+        """Embed the noise levels of all steps of a plan at once: they are known beforehand, and one pass over the embedder's weights serves them all.
+
+        Only timesteps are read, and which parts are there.
+        """
+        video = _embed_together(self._video_levels, [None if s.video_BCFHW is None else self._levels_of_video(s) for s in steps])
+        action = _embed_together(self._action_levels, [None if s.action_BTA is None else self._levels_of_actions(s) for s in steps])
+        return [Ahead(v, a) for v, a in zip(video, action, strict=True)]
+
+    def _levels_of_video(self, noisy: Noisy) -> Levels:
+        assert noisy.video_BCFHW is not None and noisy.video_t_BF is not None
+        frames, count = noisy.video_BCFHW.shape[2], noisy.video_t_BF.shape[1]
+        return Levels(noisy.video_t_BF, (frames // count * self.clock.patches,) * count)
+
+    @staticmethod
+    def _levels_of_actions(noisy: Noisy) -> Levels:
+        """Of states that are live, each at the level of the action it stands before, and of the actions."""
         assert noisy.action_BTA is not None and noisy.action_t_BT is not None
-        steps, count = noisy.action_BTA.shape[1], noisy.action_t_BT.shape[1]
-        x, t_BK, runs = self._encode_actions(noisy.action_BTA, noisy.action_t_BT, embodiment_B), noisy.action_t_BT, (steps // count,) * count
+        steps, t_BK = noisy.action_BTA.shape[1], noisy.action_t_BT
+        count = t_BK.shape[1]
+        runs: tuple[int, ...] = (steps // count,) * count
         if noisy.state_BnS is not None:
-            x, n = torch.cat([self._encode_states(noisy.state_BnS, embodiment_B), x], dim=1), noisy.state_BnS.shape[1]
-            state_t = t_BK[:, :: steps // n] if count == steps else t_BK[:, :1]  # each state at the level of the action it stands before
+            n = noisy.state_BnS.shape[1]
+            state_t = t_BK[:, :: steps // n] if count == steps else t_BK[:, :1]
             t_BK, runs = torch.cat([state_t, t_BK], dim=1), (*(n // state_t.shape[1],) * state_t.shape[1], *runs)
-        return x, self._action_levels(t_BK, runs)
+        return Levels(t_BK, runs)
+
+
+def _embed_together(embed: Callable[[Tensor, tuple[int, ...]], Modulation], steps: list[Levels | None]) -> list[Modulation | None]:
+    there = [levels for levels in steps if levels is not None]
+    if not there:
+        return [None] * len(steps)
+    together = embed(torch.cat([levels.timestep_BK for levels in there], dim=1), tuple(run for levels in there for run in levels.runs))
+    parts = iter(together.split([levels.runs for levels in there]))
+    return [None if levels is None else next(parts) for levels in steps]
 
 
 def backbone_arguments(config: Config) -> dict[str, Any]:
