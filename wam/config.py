@@ -12,10 +12,11 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from wam.config_data import DataConfig
 from wam.config_model import CodecConfig, EmbodimentConfig, ImageConfig, LoraConfig, ModelConfig, RelationsConfig, SamplingConfig, TextConfig, TimelineConfig
 from wam.config_training import HistoryLevelsConfig, LevelsConfig, NoiseConfig, TrainingConfig, VideoLevelsConfig
 from wam.config_tree import ConfigError, from_dict, names, overlay, to_dict
@@ -75,27 +76,6 @@ class CollectConfig:
         _require(self.image_size % 2 == 0, f"collect.image_size is {self.image_size}", "H.264 with 4:2:0 colour needs an even size")
         _require(self.steps_after_success >= 0, f"collect.steps_after_success is {self.steps_after_success}", "it must be at least 0")
         _require(self.action_noise >= 0, f"collect.action_noise is {self.action_noise}", "a standard deviation cannot be negative")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which LeRobot dataset is read, and which of its columns mean what."""
-
-    root: str = "data/metaworld"
-    embodiment: str = "metaworld"
-    cameras: tuple[str, ...] = ("observation.images.corner4",)
-    state: str = "observation.state"
-    action: str = "action"  # what the policy should do (the label)
-    executed_action: str | None = None  # what the robot really did, where the dataset records it apart; default: `action`
-    normalization: Literal["quantile", "mean_std", "min_max"] = "quantile"
-    validation_fraction: float = 0.1  # episodes held out, the last of each task
-    cache: Literal["memory", "none"] = "memory"  # decoded uint8 frames kept in memory, or decoded on every access
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        _require(len(self.cameras) == 1, f"data.cameras lists {len(self.cameras)} cameras", "this version reads exactly one")
-        _require(0 <= self.validation_fraction < 1, f"data.validation_fraction is {self.validation_fraction}", "expected 0 <= fraction < 1")
-        _require(self.workers >= 0, f"data.workers is {self.workers}", "expected 0 (load in the training process) or more")
 
 
 @dataclass(frozen=True)
