@@ -18,6 +18,7 @@ class DataConfig:
     state: str = "observation.state"
     action: str = "action"  # what the policy should do (the label)
     executed_action: str | None = None  # what the robot really did, where the dataset records it apart; default: `action`
+    language: tuple[str, ...] = ()  # columns of instructions, the first that says something at a row; empty: the dataset's tasks
     normalization: Literal["quantile", "mean_std", "min_max"] = "quantile"
     validation_fraction: float = 0.1  # episodes held out, the last of each task
     cache: Literal["memory", "none"] = "memory"  # decoded uint8 frames kept in memory, or decoded on every access

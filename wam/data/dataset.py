@@ -44,6 +44,9 @@ class Sample(TypedDict):
     executed: np.ndarray  # (N * A, action_dim) float32, normalised as actions: what the robot did
     action_is_pad: np.ndarray  # (N * A,) bool
     instruction: str
+    embodiment: str  # whose states and actions these are
+    has_video: bool  # frames are real: video may be supervised
+    has_action: bool  # states and actions are real: actions may be supervised
     episode: int  # index in the LeRobot dataset
     start: int  # first row
 
@@ -59,6 +62,9 @@ class Batch(TypedDict):
     executed: Tensor  # (B, N * A, action_dim)
     action_is_pad: Tensor  # (B, N * A) bool
     instruction: list[str]
+    embodiment: list[str]
+    has_video: Tensor  # (B,) bool
+    has_action: Tensor  # (B,) bool
     episode: Tensor  # (B,) int64
     start: Tensor  # (B,) int64
 
@@ -105,7 +111,7 @@ class WindowDataset(Dataset[Sample]):
         self, data: DataConfig, timeline: TimelineConfig, split: Split, normalizer: Normalizer | None = None, image_size: tuple[int, int] | None = None
     ):
         self.data, self.timeline = data, timeline
-        self.lerobot = LeRobotDataset(data.root)
+        self.lerobot = LeRobotDataset(data.root, data.language)
         self.fps = self.lerobot.fps
         self.camera = data.cameras[0]
         height, width = self.lerobot.camera(self.camera).shape[:2]
@@ -176,6 +182,9 @@ class WindowDataset(Dataset[Sample]):
             executed=self._rows["executed"][offset + rows.action],
             action_is_pad=rows.action_is_pad,
             instruction=self.lerobot.instruction(episode, start),
+            embodiment=self.data.embodiment,
+            has_video=True,
+            has_action=True,
             episode=episode,
             start=start,
         )
@@ -238,6 +247,9 @@ def collate(samples: list[Sample]) -> Batch:
         executed=stack("executed"),
         action_is_pad=stack("action_is_pad"),
         instruction=[sample["instruction"] for sample in samples],
+        embodiment=[sample["embodiment"] for sample in samples],
+        has_video=torch.tensor([sample["has_video"] for sample in samples]),
+        has_action=torch.tensor([sample["has_action"] for sample in samples]),
         episode=torch.tensor([sample["episode"] for sample in samples]),
         start=torch.tensor([sample["start"] for sample in samples]),
     )
