@@ -80,6 +80,35 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True)
+class KeepConfig:
+    """Which training states stay on disk; one that no rule keeps is deleted when a newer one is whole."""
+
+    last: int = 2  # the newest ones; the newest of all always stays
+    every: int | None = None  # and every state whose step is a multiple of this
+    best: int = 1  # and the best ones by training.best, of those that were validated at their step
+
+    def __post_init__(self) -> None:
+        require(self.last >= 1, f"training.keep.last is {self.last}", "the newest state always stays, so it is at least 1")
+        require(self.every is None or self.every >= 1, f"training.keep.every is {self.every}", "expected steps, at least 1, or null for none")
+        require(self.best >= 0, f"training.keep.best is {self.best}", "it must be at least 0")
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    """When a step is left out, and when that is too often (see `wam.training.guards`)."""
+
+    max_skipped: int = 10  # steps among the last `window` that may be left out; one more ends the run with a diagnosis (0: the first one does)
+    explode_factor: float | None = 100.0  # a loss or gradient norm of more than this many running medians is left out; null: only what is not finite
+    window: int = 100  # steps that the medians and the count look back on
+
+    def __post_init__(self) -> None:
+        require(self.max_skipped >= 0, f"training.guards.max_skipped is {self.max_skipped}", "it must be at least 0")
+        require(self.window >= 1, f"training.guards.window is {self.window}", "it must be at least 1 step")
+        factor = self.explode_factor
+        require(factor is None or 1 < factor < math.inf, f"training.guards.explode_factor is {factor}", "expected a finite number above 1, or null")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """The loop."""
 
@@ -106,6 +135,10 @@ class TrainingConfig:
     validate_every: int = 500
     validation_batches: int = 4
     save_every: int = 500
+    keep: KeepConfig = KeepConfig()
+    best: str | None = "val/action_mse/skip"  # the validation figure whose lowest value names the best step; its policy is kept in best/
+    guards: GuardsConfig = GuardsConfig()
+    finetune_from: str | None = None  # a policy's folder whose weights a new run starts from; a run that has a state of its own goes on from that
     seed: int = 0
 
     def __post_init__(self) -> None:
