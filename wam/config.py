@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from wam.config_data import DataConfig
-from wam.config_model import CodecConfig, EmbodimentConfig, ImageConfig, LoraConfig, ModelConfig, RelationsConfig, SamplingConfig, TextConfig, TimelineConfig
+from wam.config_model import CodecConfig, ImageConfig, LoraConfig, ModelConfig, RelationsConfig, SamplingConfig, TextConfig, TimelineConfig
+from wam.config_robot import EmbodimentConfig, GroupConfig
 from wam.config_training import HistoryLevelsConfig, LevelsConfig, NoiseConfig, TrainingConfig, VideoLevelsConfig
 from wam.config_tree import ConfigError, from_dict, names, overlay, to_dict
 from wam.config_tree import require as _require
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EmbodimentConfig",
+    "GroupConfig",
     "HistoryLevelsConfig",
     "ImageConfig",
     "ImagineConfig",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from wam.cells import read_cells
+from wam.config_robot import EmbodimentConfig
 from wam.config_tree import ConfigError, require
 
 
@@ -150,33 +151,6 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         require(self.kind == "clip" or self.pretrained is None, f"image.pretrained is {self.pretrained!r}, but image.kind is 'none'", "set image.kind=clip, or image.pretrained=null")
-
-
-@dataclass(frozen=True)
-class EmbodimentConfig:
-    """One robot's sizes."""
-
-    name: str = "metaworld"
-    state_dim: int = 4
-    action_dim: int = 4
-    action_channels: tuple[int, ...] = ()  # which channels of a wider, shared action vector are this robot's (LingBot-VA); empty: the first
-    relative_to: tuple[int, ...] = ()  # per action dimension: the state dimension at the block's start that it is a difference to, or -1; empty: all absolute (DreamZero)
-
-    def __post_init__(self) -> None:
-        channels = self.action_channels
-        require(
-            not channels or (len(set(channels)) == self.action_dim and min(channels) >= 0),
-            f"model.embodiments: action_channels of {self.name!r} are {list(channels)}",
-            f"list action_dim = {self.action_dim} different channels, from 0",
-        )
-        relative = self.relative_to
-        require(
-            not relative or (len(relative) == self.action_dim and all(-1 <= i < self.state_dim for i in relative)),
-            f"model.embodiments: relative_to of {self.name!r} is {list(relative)}",
-            f"list for each of action_dim = {self.action_dim} a state dimension below {self.state_dim}, or -1",
-        )
-        for name in ("state_dim", "action_dim"):
-            require(getattr(self, name) >= 1, f"model.embodiments: {name} of {self.name!r} is {getattr(self, name)}", "it must be at least 1")
 
 
 @dataclass(frozen=True)
