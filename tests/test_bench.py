@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from wam.cli import main
 from wam.evaluation.bench.compare import TrainingStep, box, fork
 from wam.evaluation.bench.counts import count_recomputation
-from wam.evaluation.bench.flops import forward_flops, seen_pairs, step_work, window_work
 from wam.evaluation.bench.run import Options, bench_model
 from wam.evaluation.bench.subject import Inputs, build_model, diffusers_twin, remember, size_config
 from wam.evaluation.bench.timing import Times, alternate, increase
+from wam.model.flops import forward_flops, seen_pairs, step_work, window_work
 from wam.model.wam import WorldActionModel
 from wam.relations import Reach
 from wam.shards import build_empty

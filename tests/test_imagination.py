@@ -10,8 +10,8 @@ import pytest
 from test_training import _config
 
 from wam.config import ImagineConfig
-from wam.evaluation.images import moving_mask, psnr, ssim
 from wam.evaluation.imagination import held_out_clips, imagine, score
+from wam.pictures import moving_mask, psnr, ssim
 from wam.training.loop import train
 
 RNG = np.random.default_rng(0)

@@ -10,17 +10,14 @@ import pytest
 from wam.config import TimelineConfig, load_config
 from wam.evaluation.plots import (
     DEMO_MODES,
-    KIND_COLORS,
-    MODE_STYLES,
     draw_learning_curves,
     draw_mask,
     draw_readme_images,
     draw_relations,
     draw_timeline,
     mask_picture,
-    read_log,
-    smooth,
 )
+from wam.figures import KIND_COLORS, MODE_STYLES, read_log, smooth
 from wam.relations import MODES
 from wam.timeline import Kind
 

@@ -23,11 +23,11 @@ from wam.data.check.evidence import Clip, Evidence
 from wam.data.check.findings import LEVELS, Finding
 from wam.data.check.run import CHECKS, check_dataset
 from wam.data.check.timing import Lag, measure_lag, speed
-from wam.evaluation.images import beside
 from wam.evaluation.page import Child, Html, absent, facts, page, section, tag
-from wam.evaluation.plots import FAINT, KIND_COLORS, new_figure
 from wam.evaluation.report import drawing
+from wam.figures import FAINT, KIND_COLORS, new_figure
 from wam.files import write_json_atomic, write_text_atomic
+from wam.pictures import beside
 from wam.timeline import Kind
 
 if TYPE_CHECKING:

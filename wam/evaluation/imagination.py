@@ -4,7 +4,7 @@
     imagine   the frame and the instruction                            ->  what the policy expects to happen (and the actions to it)
 
 What was imagined enters the memory as if it had been seen, and the next block is imagined from there.  Each clip is compared with what
-really followed and with the baseline that copies the first frame, over the pixels that move (see `wam.evaluation.images`).
+really followed and with the baseline that copies the first frame, over the pixels that move (see `wam.pictures`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from wam.config import Config, ImagineConfig
 from wam.data.dataset import EpisodeView, WindowDataset
-from wam.evaluation.images import MASK, beside, enlarge, moving_mask, psnr, ssim, strip, write_mp4, write_png
 from wam.files import write_json_atomic
 from wam.inference.session import Session
+from wam.pictures import MASK, beside, enlarge, moving_mask, psnr, ssim, strip, write_mp4, write_png
 from wam.pretrained import Policy, from_pretrained
 
 log = logging.getLogger(__name__)

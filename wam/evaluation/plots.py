@@ -1,28 +1,25 @@
 """Figures: the stream on its clock, who attends to whom, and how training went.
 
 Every figure is drawn from what the program itself uses (`TimelineConfig`, the relation table, `log.jsonl`), so a figure cannot
-disagree with the code.  A colour means the same everywhere: blue is video, orange is action, green is state; clean is the lighter of
-two.  All are from Okabe and Ito's palette, which people with any colour vision tell apart.  The suffix of the path chooses PNG or SVG.
+disagree with the code.  Colours and style are those of `wam.figures`.
 
     TimelineConfig  -> draw_timeline           RelationTable -> mask_picture -> draw_masks           log.jsonl -> draw_learning_curves
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from wam.config import Config, TimelineConfig
-from wam.files import atomic_path
+from wam.figures import FAINT, INK, KIND_COLORS, KIND_NAMES, LINE, MODE_STYLES, PAPER, loss_axis, new_figure, read_log, series, smooth
 from wam.relations import Mode, Reach, Relations, RelationTable, trained_modes
 from wam.relations_text import Span, present_kinds, spans_of
 from wam.timeline import Kind
@@ -31,70 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, LINE, PAPER = "#24292f", "#6e7781", "#d5dbe1", "#ffffff"  # the report replaces these by its own, light or dark
-KIND_COLORS = {Kind.H: "#7d8590", Kind.S: "#009e73", Kind.VC: "#56b4e9", Kind.V: "#0072b2", Kind.AC: "#e69f00", Kind.A: "#d55e00", Kind.G: "#cc79a7"}
-KIND_NAMES = {
-    Kind.H: "H  first frame",
-    Kind.S: "S  state",
-    Kind.VC: "Vc  video, seen",
-    Kind.V: "V  video, noisy",
-    Kind.AC: "Ac  actions, executed",
-    Kind.A: "A  actions, noisy",
-    Kind.G: "G  goal image",
-}
-MODE_STYLES = {  # colour and marker: told apart without colour too
-    "skip": ("#9467bd", "o"),
-    "skip_registers": ("#4b4b8f", "h"),
-    "joint": ("#c9970c", "s"),
-    "joint_mutual": ("#cc6677", "D"),
-    "imagine": ("#1b9e8f", "^"),
-    "forward": ("#5b8fd6", "v"),
-    "inverse": ("#a0703c", "P"),
-    "video": ("#7f8c3b", "X"),
-    "action_only": ("#8a8f98", "*"),
-}
 DEMO_MODES = ("skip", "joint", "joint_mutual", "imagine", "forward")
-
-_DPI = 160
-_STYLE: Any = {  # the stubs of matplotlib 3.11 want a literal type of all its keys
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "svg.hashsalt": "wam",  # the same file from the same data
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "axes.facecolor": PAPER,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": FAINT,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": FAINT,
-    "ytick.labelcolor": FAINT,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-}
-
-
-@contextmanager
-def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of `width` x `height` inches that is written to `path` when the block ends."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib, which is not installed; run: pip install 'wam[train]'") from error
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=_DPI)
 
 
 # ------------------------------------------------------------------------------------------------ timeline
@@ -281,17 +215,6 @@ def _kind_key(axes: Axes, kinds: Collection[Kind], opens: bool) -> None:
 # ------------------------------------------------------------------------------------------------ learning curves
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The records of a `log.jsonl`; a last line cut off by a crash is left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no training log {path}; `wam train` writes it")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
 def draw_learning_curves(log: Path, path: Path) -> None:
     """Video loss, action loss and open-loop action error over the steps of a training log.
 
@@ -310,7 +233,7 @@ def draw_learning_curves(log: Path, path: Path) -> None:
         panels[2].set_title("action error, open loop")
         _error_curves(panels[2], records)
         for axes in panels:
-            _loss_axis(axes)
+            loss_axis(axes)
         _shared_legend(figure, panels)
 
 
@@ -322,28 +245,13 @@ def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
         figure.legend([named[label] for label in labels], labels, loc="outside lower left", ncols=4, fontsize=8, handlelength=1.8, columnspacing=1.4)
 
 
-def _series(records: Sequence[dict[str, float]], key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Steps and values of one key."""
-    pairs = np.array([(r["step"], r[key]) for r in records if key in r], dtype=np.float64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def smooth(values: npt.NDArray[np.float64], decay: float = 0.9) -> npt.NDArray[np.float64]:
-    """Running mean that forgets with `decay`, without the bias of its start (Adam's correction, Kingma and Ba 2015, section 3)."""
-    mean, out = 0.0, np.empty_like(values)
-    for index, value in enumerate(values):
-        mean = decay * mean + (1 - decay) * value
-        out[index] = mean / (1 - decay ** (index + 1))
-    return out
-
-
 def _loss_curves(axes: Axes, records: Sequence[dict[str, float]], part: str, color: str) -> None:
-    steps, values = _series(records, f"train/{part}")
+    steps, values = series(records, f"train/{part}")
     if len(steps):
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth(values), color=color, linewidth=1.8, label=f"training, {part} (smoothed)")
     for mode, (tone, marker) in MODE_STYLES.items():
-        steps, values = _series(records, f"val/{mode}/{part}")
+        steps, values = series(records, f"val/{mode}/{part}")
         if len(steps):
             axes.plot(steps, values, color=tone, marker=marker, markersize=4.5, linewidth=1.1, label=f"validation, {mode}")
 
@@ -356,7 +264,7 @@ def _error_curves(axes: Axes, records: Sequence[dict[str, float]]) -> None:
     )
     found = False
     for key, label, color, line in rows:
-        steps, values = _series(records, f"val/action_mse/{key}")
+        steps, values = series(records, f"val/action_mse/{key}")
         if len(steps):
             found = True
             axes.plot(
@@ -366,23 +274,6 @@ def _error_curves(axes: Axes, records: Sequence[dict[str, float]]) -> None:
         axes.legend(fontsize=8, loc="best")
     else:
         axes.text(0.5, 0.5, "no held-out episodes", transform=axes.transAxes, ha="center", color=FAINT)
-
-
-def _loss_axis(axes: Axes) -> None:
-    """A logarithmic axis with plain numbers."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
-
-    axes.set_xlabel("step")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
-    if axes.lines:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(axis="y", which="minor", length=0)
 
 
 def draw_readme_images(directory: Path) -> list[Path]:

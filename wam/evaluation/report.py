@@ -19,9 +19,10 @@ import yaml
 
 from wam.config import TimelineConfig, from_dict
 from wam.evaluation.page import NOTHING, Child, Html, absent, data_uri, facts, join, page, section, table, tag
-from wam.evaluation.plots import FAINT, INK, LINE, MODE_STYLES, PAPER, draw_learning_curves, draw_mask, draw_timeline
+from wam.evaluation.plots import draw_learning_curves, draw_mask, draw_timeline
 from wam.evaluation.run_files import Run, media_groups, read_run
 from wam.evaluation.statistics import mcnemar
+from wam.figures import FAINT, INK, LINE, MODE_STYLES, PAPER
 from wam.files import write_text_atomic
 from wam.relations import MODES
 from wam.relations_text import RELATION_WORDS

@@ -29,12 +29,12 @@ from wam.config import RolloutConfig, to_dict
 from wam.evaluation.environments import Floats, Frames, StepResult
 from wam.evaluation.episodes import Driver, Episode, Watcher, generator_seed, imagine_outcome
 from wam.evaluation.gl import choose_backend
-from wam.evaluation.images import beside, enlarge, strip, write_mp4, write_png
 from wam.evaluation.seeds import SPLITS, TEST
 from wam.evaluation.statistics import percentile, wilson
 from wam.evaluation.vector import VectorEnv
 from wam.files import write_json_atomic
 from wam.inference.session import Plan, Session
+from wam.pictures import beside, enlarge, strip, write_mp4, write_png
 from wam.pretrained import Policy, from_pretrained, weights_sha256
 from wam.relations import MODES, untrained_mode_warning
 from wam.timeline import Kind

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from wam.config import Config, LoraConfig, SamplingConfig
 from wam.evaluation.bench.compare import Bench, TrainingStep, sampling_call
-from wam.evaluation.bench.flops import Work, forward_flops, seen_pairs, step_work, window_work
 from wam.evaluation.bench.rows import Stage
 from wam.evaluation.bench.subject import Inputs, Memory, build_model, remember
 from wam.evaluation.bench.timing import Call, Times, measure
+from wam.model.flops import Work, forward_flops, seen_pairs, step_work, window_work
 from wam.model.lora import apply_lora
 from wam.model.wam import WorldActionModel
 from wam.relations import Reach

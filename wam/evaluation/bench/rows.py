@@ -66,7 +66,7 @@ class Stage:
     """One stage by itself, against the machine's own matmul rate.
 
     Attributes:
-        flops: floating-point operations that the stage needs (multiply and add are two), counted in `flops`.
+        flops: floating-point operations that the stage needs (multiply and add are two), counted in `wam.model.flops`.
         rate: measured matmul rate of the machine in the same dtype, FLOP a second; of a stage that did not run, both are 0.
         note: what else there is to say; of a stage that did not run, why.
     """
