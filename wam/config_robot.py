@@ -27,7 +27,8 @@ class GroupConfig:
     name: str
     size: int  # raw numbers
     column: str | None = None  # column of the dataset, or a name of its meta/modality.json; null: data.state or data.action
-    start: int = 0  # where in that column the group begins
+    executed: str | None = None  # actions only: the column of what was really done; null: `column`, and where that is null too, data.executed_action
+    start: int = 0  # where in these columns the group begins
     relative_to: str | None = None  # actions only: the state group, at the block's start, that the network sees this relative to; null: absolute
     rotation: Rotation = "none"  # the form of the raw numbers, where they are a rotation (forms: `wam.data.rotations`)
     network_rotation: Rotation | None = None  # the form that the network sees; null: as the raw numbers
