@@ -122,6 +122,7 @@ class Config:
     preset: str = "all"  # the published answers that lie under everything else; see `wam.presets`
     collect: CollectConfig = CollectConfig()
     data: DataConfig = DataConfig()
+    mixture: tuple[DataConfig, ...] = ()  # several datasets in one run; in YAML each entry says only what differs from `data`.  Empty: `data` alone
     timeline: TimelineConfig = TimelineConfig()
     codec: CodecConfig = CodecConfig()
     text: TextConfig = TextConfig()
@@ -134,6 +135,11 @@ class Config:
     rollout: RolloutConfig = RolloutConfig()
     imagine: ImagineConfig = ImagineConfig()
     output: str = "runs/default"
+
+    @property
+    def sources(self) -> tuple[DataConfig, ...]:
+        """The datasets that are trained on: those of the mixture, or `data` alone."""
+        return self.mixture or (self.data,)
 
     def __post_init__(self) -> None:
         for axis, size, patch in zip(("height", "width"), self.codec.image_size, self.model.patch[1:], strict=True):
@@ -160,7 +166,9 @@ class Config:
             "set training.text_dropout=0.1, or sampling.guidance=1, or sampling.untrained_guidance=true to do it all the same",
         )
         robots = [e.name for e in self.model.embodiments]
-        _require(self.data.embodiment in robots, f"data.embodiment is {self.data.embodiment!r}, but model.embodiments has {', '.join(robots)}", "name one of these, or add it with its sizes")
+        for where, d in (("data", self.data), *((f"mixture[{i}]", d) for i, d in enumerate(self.mixture))):  # what shows video alone may be of anyone
+            known = d.embodiment in robots or (d.contents == "video" and where != "data")
+            _require(known, f"{where}.embodiment is {d.embodiment!r}, but model.embodiments has {', '.join(robots)}", "name one of these, or add it with its sizes")
         replan = self.rollout.replan
         _require(
             replan is None or 1 <= replan <= self.timeline.actions_per_block,
@@ -217,7 +225,10 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
         below = get_preset(tree.get("preset", Config.preset))
     except ValueError as error:
         raise ConfigError(f"preset: {error}") from error
-    return from_dict(Config, overlay(Config, below, tree))
+    tree = overlay(Config, below, tree)
+    if isinstance(tree.get("mixture"), list) and isinstance(tree.get("data") or {}, dict):  # whatever else it is, `from_dict` says
+        tree["mixture"] = [overlay(DataConfig, tree.get("data") or {}, entry) if isinstance(entry, dict) else entry for entry in tree["mixture"]]
+    return from_dict(Config, tree)
 
 
 def save_config(config: Config, path: str | Path) -> None:

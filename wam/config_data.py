@@ -68,12 +68,17 @@ class DataConfig:
     broken: Literal["refuse", "skip"] = "refuse"  # episodes whose files are missing or damaged: an error, or left out and counted
     max_broken: float = 0.1  # more than this part of the episodes broken is an error all the same
     cache: Literal["memory", "none"] = "memory"  # decoded uint8 frames kept in memory, or decoded on every access
+    latents: str | None = None  # directory of encoded windows that `wam cache` wrote; null: frames are encoded at every step
+    contents: Literal["paired", "video", "action"] = "paired"  # what is learnt from: both; video alone (no columns are read); states and actions alone (no cameras are read)
+    weight: float = 1.0  # of a dataset in a mixture: its share of the samples, beside the others' weights
     workers: int = 0
 
     def __post_init__(self) -> None:
         self._check_cameras()
         require(0 <= self.validation_fraction < 1, f"data.validation_fraction is {self.validation_fraction}", "expected 0 <= fraction < 1")
         require(self.workers >= 0, f"data.workers is {self.workers}", "expected 0 (load in the training process) or more")
+        require(0 < self.weight < math.inf, f"data.weight of {self.root} is {self.weight}", "expected a finite weight above 0; leave a dataset out of mixture to give it none")
+        require(self.latents is None or self.augment == AugmentConfig(), f"data.latents is {self.latents!r}, but data.augment changes pixels, and encoded windows have none", "set latents=null, or leave data.augment out")
         require(self.start_stride >= 1, f"data.start_stride is {self.start_stride}", "expected 1 (every row) or more")
         rate = self.control_hz
         require(rate is None or (math.isfinite(rate) and rate > 0), f"data.control_hz is {rate}", "expected control steps a second, or null for the dataset's rate")
