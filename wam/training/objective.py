@@ -9,7 +9,7 @@ samples of different modes share a batch without rescaling one another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,11 +32,19 @@ from wam.training.noise import LevelDraw, draw_levels, draw_modes, level_weights
 
 @dataclass(frozen=True)
 class Part:
-    """Weighted squared errors of one kind of token: per sample their sum over what is supervised, how many those are, and how many there are at all."""
+    """Weighted squared errors of one kind of token: per sample their sum over what is supervised, how many those are, and how many there are at all.
+
+    Attributes:
+        error_BU, weight_BU: the same for every frame or action by itself, where asked for: its sum over what is supervised of it, and how much that is.
+        sigma_BU: its noise level.
+    """
 
     sum_B: Tensor
     count_B: Tensor
     total_B: Tensor
+    error_BU: Tensor | None = None
+    weight_BU: Tensor | None = None
+    sigma_BU: Tensor | None = None
 
     def mean(self, reduction: str) -> Tensor:
         """One loss; 0 where nothing is supervised.
@@ -83,7 +91,7 @@ class Losses:
 def video_errors(velocity_BCFHW: Tensor, target_BCFHW: Tensor, weight_BF: Tensor, seen_BF: Tensor) -> Part:
     """Weighted mean squared error of each frame, summed over the frames that are supervised."""
     error_BF = (velocity_BCFHW.float() - target_BCFHW).square().mean(dim=(1, 3, 4)) * weight_BF
-    return Part((error_BF * seen_BF).sum(1), seen_BF.sum(1), torch.ones_like(error_BF).sum(1))
+    return Part((error_BF * seen_BF).sum(1), seen_BF.sum(1), torch.ones_like(error_BF).sum(1), (error_BF * seen_BF).detach(), seen_BF.float())
 
 
 def action_errors(velocity_BTA: Tensor, target_BTA: Tensor, weight_BT: Tensor, seen_BTA: Tensor) -> Part:
@@ -91,7 +99,8 @@ def action_errors(velocity_BTA: Tensor, target_BTA: Tensor, weight_BT: Tensor, s
     channels = velocity_BTA.shape[2]
     error_BTA = (velocity_BTA.float() - target_BTA).square() * weight_BT.unsqueeze(2)
     seen = seen_BTA.expand_as(error_BTA)
-    return Part((error_BTA * seen).sum((1, 2)) / channels, seen.sum((1, 2)) / channels, torch.ones_like(error_BTA).sum((1, 2)) / channels)
+    error_BT, seen_BT = (error_BTA * seen).sum(2) / channels, seen.sum(2) / channels
+    return Part((error_BTA * seen).sum((1, 2)) / channels, seen.sum((1, 2)) / channels, torch.ones_like(error_BTA).sum((1, 2)) / channels, error_BT.detach(), seen_BT)
 
 
 class Objective:
@@ -122,10 +131,11 @@ class Objective:
         video_seen = self._video_seen(batch, levels).to(device) & _predicts(modes, Kind.V, device)
         action_seen = (~batch["action_is_pad"] & levels.action_seeks).to(device) & _predicts(modes, Kind.A, device)
         channels = self.model.robot_channels(window.embodiment_B)
+        video_sigma, action_sigma = window.video_t_BF / TIMESTEPS, window.action_t_BT / TIMESTEPS
         return Losses(
             [m.name for m in modes],
-            video_errors(video, video_target, self._video_weight(window.video_t_BF / TIMESTEPS), video_seen),
-            action_errors(action, action_target, level_weights(self.config.noise.action, window.action_t_BT / TIMESTEPS), action_seen.unsqueeze(2) & (channels > 0)),
+            replace(video_errors(video, video_target, self._video_weight(video_sigma), video_seen), sigma_BU=video_sigma),
+            replace(action_errors(action, action_target, level_weights(self.config.noise.action, action_sigma), action_seen.unsqueeze(2) & (channels > 0)), sigma_BU=action_sigma),
             t.reduction,
         )
 
