@@ -3,7 +3,7 @@
     config.yaml          the resolved config of the run, cells of the relation table included
     config.json          format, versions, training step
     model.safetensors    weights (EMA), with a linear codec and an embedded text encoder; in shards and an index where they are large
-    normalizer.json      statistics, method and clipping of states and actions
+    normalizer.json      statistics, method and clipping of states and actions: one robot's, or each robot's by name
     adapter/             adapters, where only those and the new parts were trained; the backbone is then where `model.pretrained` says
     vae/, text_encoder/ and tokenizer/, image_encoder/      pretrained parts in diffusers' layout, where they were copied here;
                          otherwise they are where `codec.pretrained`, `text.pretrained` and `image.pretrained` say
@@ -28,6 +28,7 @@ from wam.codec.codec import IMAGE_ENCODER, Codec, make_codec, make_image
 from wam.codec.linear import LinearCodec
 from wam.codec.wan import WanCodec
 from wam.config import Config, load_config, save_config
+from wam.data.normalize import EMBODIMENTS
 from wam.files import write_json_atomic
 from wam.model.loading import local_folder, model_from_backbone
 from wam.model.lora import apply_lora, base_dtype, base_identity, base_name, has_lora, is_adapter, load_adapter, merge_lora, save_adapter, trainable
@@ -48,7 +49,7 @@ class Policy:
     """A model with what it needs around it.
 
     Attributes:
-        normalizer: as a plain dictionary (`wam.data.normalize.Normalizer.from_dict` reads it).
+        normalizer: as a plain dictionary; `wam.data.normalize.normalizer_for` reads a robot's statistics from it.
         meta: what else the checkpoint says about itself: step, control rate, task names.
         image: embeds the first frame, where the model takes image embeddings.
     """
@@ -161,7 +162,9 @@ def from_pretrained(path_or_repo: str | Path, device: str = "cpu", dtype: torch.
     directory = _checkpoint(path_or_repo)
     meta = _read_json(directory / META, ("format", "control_hz"))
     _check_format(directory, meta)
-    normalizer = _read_json(directory / NORMALIZER, ("version", "method", "clip", "keys"))
+    normalizer = _read_json(directory / NORMALIZER, ())
+    if EMBODIMENTS not in normalizer:
+        normalizer = _read_json(directory / NORMALIZER, ("version", "method", "clip", "keys"))
     config = load_config(directory / CONFIG)
     try:
         reader = ShardReader(directory, STEM)

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from wam.codec.first_frame import first_frame_condition
 from wam.config import SamplingConfig
-from wam.data.normalize import Normalizer
+from wam.data.normalize import normalizer_for
+from wam.data.units import Units
 from wam.model.actions import channels_of, pad_actions, pad_states
 from wam.model.conditions import Conditions
 from wam.model.sampling import Held, Noise, Sample, Situation, sample
@@ -46,7 +47,7 @@ class Plan:
     """What a session intends.
 
     Attributes:
-        actions: (B, A, action_dim) float32, physical units; None for modes that predict video only.
+        actions: (B, A, raw_action_dim) float32, physical units, absolute wherever the robot takes them so; None for modes that predict video only.
         imagined: latents (B, C, k, h, w) of the coming block, or None for modes that predict actions only.
         timings: milliseconds per stage of this plan, the observation it rests on included.
     """
@@ -76,9 +77,10 @@ class Session:
         if not all(text.strip() for text in instructions):
             raise ValueError("the instruction is empty; every episode needs a language task")
         self.policy, self.model, self.config = policy, policy.model, policy.config
-        self.normalizer = Normalizer.from_dict(policy.normalizer)
         index = self.model.embodiment_index(embodiment)
         self.dims = self.config.model.embodiment(embodiment)
+        self.normalizer = normalizer_for(policy.normalizer, embodiment)
+        self.units = Units.of(self.dims, self.config.data)
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.timings: dict[str, float] = {}
         self.guided = self.config.sampling.guided
@@ -136,7 +138,7 @@ class Session:
 
         Args:
             frames: uint8 (B, n, H, W, 3): one frame at first, later the 4k frames of the block, `frame_stride` steps apart.
-            state: (B, state_dim), physical units; None where it is not known (the model may then only imagine video well).
+            state: (B, raw_state_dim), physical units; None where it is not known (the model may then only imagine video well).
 
         Raises:
             ValueError: wrong shapes, non-finite states, or a block whose executed actions were never committed.
@@ -244,7 +246,7 @@ class Session:
         return Held(video, action)
 
     def _check_committed(self, committed: np.ndarray, most: int) -> None:
-        rows, dims = self.batch, self.dims.action_dim
+        rows, dims = self.batch, self.dims.raw_action_dim
         if committed.ndim != 3 or committed.shape[::2] != (rows, dims) or committed.shape[1] > most:
             raise ValueError(f"committed actions have shape {committed.shape}; expected (rows, up to {most} actions, action_dim) = ({rows}, n, {dims})")
         if not np.isfinite(committed).all():
@@ -269,9 +271,10 @@ class Session:
 
     def _advance(self, latents: Tensor, state: np.ndarray | None) -> None:
         """Write a block's frames, and the state at the start of the next."""
-        normal, self.origin = None, state
+        normal, self.origin = None, None if state is None else state.astype(np.float32)
         if state is not None and self.model.state_encoder is not None:
-            normal = pad_states(self.config.model, torch.from_numpy(self.normalizer.normalize("state", state.astype(np.float32)))).to(self.model.device)
+            seen = self.normalizer.normalize("state", self.units.encode_state(state.astype(np.float32)))
+            normal = pad_states(self.config.model, torch.from_numpy(seen)).to(self.model.device)
         begins = self.block == FIRST_BLOCK
         if begins and normal is not None and self.config.model.state == "context":
             self.conditions = self.model.prepare(self.model.with_state(self.conditions, self._both(normal), self.embodiment_B))
@@ -343,29 +346,17 @@ class Session:
         """Sampled actions that are the robot's to execute, in physical units."""
         assert out.action_BTA is not None
         own = out.action_BTA[:, self.config.timeline.lead if self.block == 0 else 0 :, channels_of(self.dims)]
-        return self.normalizer.unnormalize("action", own.float().cpu().numpy()) + self._origins()
-
-    def _origins(self) -> np.ndarray | float:
-        """(B, 1, action_dim): where relative actions start from, 0 for absolute ones.
-
-        Raises:
-            ValueError: the state at the block's start is not known.
-        """
-        to = np.array(self.dims.relative_to or [-1])
-        if (to < 0).all():
-            return 0.0
-        if self.origin is None:
-            raise ValueError(f"actions of {self.dims.name!r} are relative to the state at the block's start, which was not observed; call observe(frames, state) with a state")
-        return np.where(to >= 0, self.origin[:, to], 0.0).astype(np.float32)[:, None]
+        return self.units.decode_actions(self.normalizer.unnormalize("action", own.float().cpu().numpy()), self.origin)
 
     def _normalized(self, actions: np.ndarray) -> Tensor:
-        normal = torch.from_numpy(self.normalizer.normalize("action", (actions - self._origins()).astype(np.float32)))
+        """A robot's actions, relative where they are and normalised, in the padded vector."""
+        normal = torch.from_numpy(self.normalizer.normalize("action", self.units.encode_actions(actions.astype(np.float32), self.origin)))
         return pad_actions(self.config.model, self.dims, normal).to(self.model.device)
 
     def _normal_actions(self, actions: np.ndarray) -> Tensor:
         """A block's actions, normalised and padded; in block 0, behind the zeros that lead to a first frame inside it."""
         lead = self.config.timeline.lead if self.block == 0 else 0
-        expected = (self.batch, self.config.timeline.actions_per_block - lead, self.dims.action_dim)
+        expected = (self.batch, self.config.timeline.actions_per_block - lead, self.dims.raw_action_dim)
         if actions.shape != expected:
             raise ValueError(f"actions have shape {actions.shape}; expected (rows, actions_per_block, action_dim) = {expected}")
         if not np.isfinite(actions).all():
@@ -383,8 +374,8 @@ class Session:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (rows, frames, height, width, 3) = {expected}")
         if state is None:
             return
-        if state.shape != (self.batch, self.dims.state_dim):
-            raise ValueError(f"state has shape {state.shape}; expected (rows, state_dim) = {(self.batch, self.dims.state_dim)}")
+        if state.shape != (self.batch, self.dims.raw_state_dim):
+            raise ValueError(f"state has shape {state.shape}; expected (rows, state_dim) = {(self.batch, self.dims.raw_state_dim)}")
         if not np.isfinite(state).all():
             raise ValueError("the state holds non-finite numbers; check the robot's sensors")
 
