@@ -23,10 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from wam import __version__
 from wam.config import ConfigError, ImagineConfig, RolloutConfig, from_dict, load_config
+from wam.config_tree import read_yaml
 from wam.files import is_disk_full
 
 T = TypeVar("T")
@@ -93,10 +92,7 @@ def _section(cls: type[T], name: str, overrides: Sequence[str]) -> T:
         key, equals, value = override.partition("=")
         if not equals or not key.startswith(f"{name}."):
             raise ConfigError(f"override {override!r}: this command takes {name}.key=value; everything else comes from the checkpoint")
-        try:
-            tree[key.removeprefix(f"{name}.")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        tree[key.removeprefix(f"{name}.")] = read_yaml(value, f"override {override!r}: the value")
     return from_dict(cls, tree, where=name)
 
 

@@ -20,7 +20,7 @@ from wam.config_data import DataConfig
 from wam.config_model import CodecConfig, ImageConfig, LoraConfig, ModelConfig, RelationsConfig, SamplingConfig, TextConfig, TimelineConfig
 from wam.config_robot import EmbodimentConfig, GroupConfig
 from wam.config_training import HistoryLevelsConfig, LevelsConfig, NoiseConfig, TrainingConfig, VideoLevelsConfig
-from wam.config_tree import ConfigError, from_dict, names, overlay, to_dict
+from wam.config_tree import ConfigError, from_dict, names, overlay, read_yaml, show, to_dict
 from wam.config_tree import require as _require
 from wam.files import write_text_atomic
 from wam.presets import get_preset
@@ -199,15 +199,15 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
             raise FileNotFoundError(f"no config file {path}; configs in {path.parent}/: {near}")
         try:
-            tree = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+            tree = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}; write it as UTF-8 text") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} holds a {type(tree).__name__}; expected sections with the keys {names(Config)}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(f"override {override!r} has no '='; write section.key=value, e.g. training.steps=200")
+            raise ConfigError(f"override {show(override)} has no '='; write section.key=value, e.g. training.steps=200")
         node = tree
         *parents, last = key.split(".")
         for name in parents:
@@ -215,14 +215,11 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
                 node[name] = {}
             child = node[name]
             if not isinstance(child, dict):
-                raise ConfigError(f"override {override!r}: {name} is {child!r}, not a section")
+                raise ConfigError(f"override {show(override)}: {name} is {show(child)}, not a section; give a whole list or mapping at once, e.g. a.b=[{{c: 1}}]")
             node = child
-        try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        node[last] = read_yaml(value, f"override {show(override)}: the value")
     try:
-        below = get_preset(tree.get("preset", Config.preset))
+        below = get_preset(str(tree.get("preset", Config.preset)))
     except ValueError as error:
         raise ConfigError(f"preset: {error}") from error
     tree = overlay(Config, below, tree)

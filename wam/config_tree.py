@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
+import reprlib
 import types
 import typing
 from typing import Any, Literal, TypeVar
 
+import yaml
+
 T = TypeVar("T")
+LARGEST = 2**63 - 1  # of whole numbers: what a seed or a size can be anywhere further on
 
 
 class ConfigError(ValueError):
@@ -27,6 +33,26 @@ def require(condition: bool, problem: str, remedy: str) -> None:
     """
     if not condition:
         raise ConfigError(f"{problem}; {remedy}")
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """YAML to plain values.
+
+    Raises:
+        ConfigError: "`what` is not valid YAML", for whatever the parser makes of it: of dates, numbers and nesting that are none, it raises errors of many kinds.
+    """
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:
+        said = str(error).strip() or type(error).__name__
+        raise ConfigError(f"{what} is not valid YAML: {said}; quote texts that hold : # [ {{ ! or begin with a digit") from error
+
+
+def show(value: Any) -> str:
+    """A value for a message, shortened where it is long or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 120
+    return short.repr(value)
 
 
 def overlay(cls: Any, below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -59,16 +85,24 @@ def from_dict(cls: type[T], tree: Any, where: str = "") -> T:
         ConfigError: with the full key, the value, and the nearest right name or the expected type.
     """
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where or 'the config'} is {tree!r}; expected a section with keys {names(cls)}")
+        raise ConfigError(f"{where or 'the config'} is {show(tree)}; expected a section with keys {names(cls)}")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in tree.items():
         full = f"{where}.{key}" if where else str(key)
         if key not in known:
-            raise ConfigError(f"unknown key {full!r}; {_nearest(str(key), known, where)}")
+            raise ConfigError(f"unknown key {show(full)}; {_nearest(str(key), known, where)}")
         values[key] = _convert(hints[key], value, full)
-    return cls(**values)
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and f.default is f.default_factory is dataclasses.MISSING]  # type: ignore[arg-type]
+    if missing:
+        raise ConfigError(f"{where or 'the config'} lacks {', '.join(missing)}; expected a section with keys {names(cls)}")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        if re.sub(r"\[\d+\]", "", where) in str(error):
+            raise
+        raise ConfigError(f"{where}: {error}") from error  # a section that stands in several places does not know where it is
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -79,31 +113,43 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{where} is {value!r}; expected one of {', '.join(map(repr, args))}{_did_you_mean(str(value), [str(a) for a in args])}")
+            raise ConfigError(f"{where} is {show(value)}; expected one of {', '.join(map(repr, args))}{_did_you_mean(show(value), [str(a) for a in args])}")
         return value
     if origin is tuple:
         return _convert_tuple(args, value, where)
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where} is {value!r}; expected a mapping")
+            raise ConfigError(f"{where} is {show(value)}; expected a mapping")
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(kind):
         return from_dict(typing.cast(type, kind), value, where)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if kind is float:
+        return _number(value, where)
+    if kind is int and isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{where} is {show(value)}; expected a whole number of at most {LARGEST}")
+    if kind is str and isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise ConfigError(f"{where} is {show(value)}; expected a text without the character 0 and without halves of characters")
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {kind.__name__}")
+    raise ConfigError(f"{where} is {show(value)} ({type(value).__name__}); expected {kind.__name__}")
+
+
+def _number(value: Any, where: str) -> float:
+    """A finite number; YAML 1.1 reads 1e-3 as text."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise ConfigError(f"{where} is {show(value)} ({type(value).__name__}); expected float")
+    if not math.isfinite(number):
+        raise ConfigError(f"{where} is {number}; expected a finite number")
+    return number
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where} is {value!r}; expected a list, e.g. [{value!r}]")
+        raise ConfigError(f"{where} is {show(value)}; expected a list, e.g. [{show(value)}]")
     if args[-1] is Ellipsis:
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if len(value) != len(args):
