@@ -133,16 +133,19 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     log_every: int = 20
     validate_every: int = 500
-    validation_batches: int = 4
+    validation_batches: int = 4  # of held-out windows whose losses are measured
+    validation_samples: int = 32  # held-out windows from which actions and video are sampled, in every mode that is trained
+    wandb: str | None = None  # a Weights & Biases project that records go to as well
     save_every: int = 500
     keep: KeepConfig = KeepConfig()
-    best: str | None = "val/action_mse/skip"  # the validation figure whose lowest value names the best step; its policy is kept in best/
+    best: str | None = "val/action_mse/skip"  # the validation figure whose best value names the best step; its policy is kept in best/
+    best_is: Literal["lowest", "highest"] = "lowest"  # which value of `best` is the best
     guards: GuardsConfig = GuardsConfig()
     finetune_from: str | None = None  # a policy's folder whose weights a new run starts from; a run that has a state of its own goes on from that
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "warmup_steps", "log_every", "validate_every", "save_every", "validation_batches"):
+        for name in ("steps", "batch_size", "warmup_steps", "log_every", "validate_every", "save_every", "validation_batches", "validation_samples"):
             require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}", "it must be at least 1")
         for name in ("learning_rate", "grad_clip"):
             require(0 < getattr(self, name) < math.inf, f"training.{name} is {getattr(self, name)}", "it must be positive and finite")
