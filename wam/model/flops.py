@@ -11,7 +11,8 @@ the tokens (norms, modulation, softmax), below one in a hundred at released size
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -122,6 +123,21 @@ def window_work(config: Config, layout: Layout, pairs: int) -> Work:
     action, clean = count(*ACTION_KINDS, Kind.S), sum(bool(count(kind)) for kind in (Kind.S, Kind.AC))
     image = int(m.image_dim is not None)
     return Work(video, action, pairs, video // patches, count(Kind.A) + clean, count(Kind.V), count(Kind.A), count(Kind.S), instructions=1, images=image)
+
+
+def training_flops(config: Config, layout: Layout, modes: Sequence[Mode], reach: Reach) -> tuple[dict[str, int], int]:
+    """What a training step computes for one window in each mode, and for every distinct instruction of a batch: forward and backward.
+
+    Attention is counted over the pairs that see each other in the mode (masked, not dense), backward as two forwards, or as one where the
+    backbone is frozen under adapters.  Frozen parts (codec, pretrained text and image encoders) and the small embedded text encoder are not counted.
+    """
+    passes = 2 if config.model.lora is not None else 3
+    by_mode, instruction = {}, 0
+    for mode in modes:
+        whole = window_work(config, layout, seen_pairs(mode, layout, reach))
+        alone = forward_flops(config, replace(whole, instructions=0))
+        by_mode[mode.name], instruction = passes * alone, passes * (forward_flops(config, whole) - alone)
+    return by_mode, instruction
 
 
 def seen_pairs(mode: Mode, layout: Layout, reach: Reach) -> int:
