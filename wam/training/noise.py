@@ -14,6 +14,7 @@ Draws that are not plain levels, and what each is for:
     Mode.pinned      a mode's own fixed levels (GE-Act: video at 1)
 
 A level of exactly 0 means *given*: the network sees the data, so that token is never supervised (`LevelDraw.video_seeks`, `action_seeks`).
+Where the numbers come from is `wam.training.draws`: a row's depend on nothing but the seed, the step and the row.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from wam.config import LevelsConfig, NoiseConfig, TimelineConfig
-from wam.flow import TIMESTEPS, bump_weight, bump_weight_of_nearest, place_in_table, shift_levels, uniform
+from wam.flow import TIMESTEPS, bump_weight, bump_weight_of_nearest, place_in_table, shift_levels
 from wam.relations import Mode
 from wam.timeline import Kind
+from wam.training.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,26 @@ class LevelDraw:
 
 
 def draw_levels(
-    config: NoiseConfig, timeline: TimelineConfig, modes: Sequence[Mode], generator: torch.Generator, predict_first_frame: bool = False
+    config: NoiseConfig, timeline: TimelineConfig, modes: Sequence[Mode], random: Draws | torch.Generator, predict_first_frame: bool = False
 ) -> LevelDraw:
-    """Draw levels for one sample per mode in `modes`; the same generator state gives the same draw.
+    """Draw levels for one sample per mode in `modes`, on the CPU; each row's are its own.
 
     Where the first frame is inside block 0 it is given, with level 0, unless `predict_first_frame`; the actions that would lead to it are
     padding, with level 0.
     """
-    batch, inside, device = len(modes), timeline.first_frame == "inside", generator.device
-    video = _draw(config.video, timeline, Kind.V, batch, generator)
-    action = _draw(config.action, timeline, Kind.A, batch, generator)
-    first = _pin(_draw(config.video, timeline, Kind.H, batch, generator).sigma, Kind.V, modes) if predict_first_frame and not inside else None
+    draws, inside = Draws.of(random, len(modes)), timeline.first_frame == "inside"
+    video = _draw(config.video, timeline, Kind.V, draws)
+    action = _draw(config.action, timeline, Kind.A, draws)
+    first = _pin(_draw(config.video, timeline, Kind.H, draws).sigma, Kind.V, modes) if predict_first_frame and not inside else None
 
-    together = (uniform((batch, 1), generator) < config.coupled) & _flags(modes, lambda m: _couples(m, config.couple_always), device)
+    together = (draws.uniform(1) < config.coupled) & _flags(modes, lambda m: _couples(m, config.couple_always))
     coupled = shift_levels(_spread(video.u, action.u.shape[1]), config.action.shift)
     video_BF = _pin(video.sigma, Kind.V, modes)
-    action_BT = _pin(_prefixed(torch.where(together, coupled, action.sigma), config.prefix, timeline, generator), Kind.A, modes)
+    action_BT = _pin(_prefixed(torch.where(together, coupled, action.sigma), config.prefix, timeline, draws), Kind.A, modes)
     if inside and not predict_first_frame:
         video_BF[:, 0] = 0.0
     action_BT[:, : timeline.lead] = 0.0
-    return LevelDraw(_clean(config, timeline, modes, generator), video_BF, action_BT, first)
+    return LevelDraw(_clean(config, timeline, modes, draws), video_BF, action_BT, first)
 
 
 def level_weights(levels: LevelsConfig, sigma: Tensor) -> Tensor:
@@ -89,10 +90,19 @@ def level_weights(levels: LevelsConfig, sigma: Tensor) -> Tensor:
     return bump_weight(t, levels.shift) if levels.table is None else bump_weight_of_nearest(t, levels.shift, levels.table)
 
 
-def draw_modes(weights: dict[str, float], batch: int, generator: torch.Generator) -> list[int]:
-    """Draw a mode per sample; returns indices into `weights`' order."""
-    p = torch.tensor(list(weights.values()), dtype=torch.float64)
-    return torch.multinomial(p, batch, replacement=True, generator=generator).tolist()
+def draw_modes(weights: dict[str, float], batch: int, random: Draws | torch.Generator, possible_BM: Tensor | None = None) -> list[int]:
+    """Draw a mode per sample; returns indices into `weights`' order.
+
+    Args:
+        possible_BM: bool (B, modes): which of them fit a sample; where none of a sample's does, all do.
+    """
+    p_BM = torch.tensor(list(weights.values()), dtype=torch.float64).expand(batch, -1)
+    if possible_BM is not None:
+        fitting = p_BM * possible_BM
+        p_BM = torch.where(fitting.sum(1, keepdim=True) > 0, fitting, p_BM)
+    ends = p_BM.cumsum(1)
+    place = Draws.of(random, batch).uniform(1).double() * ends[:, -1:]
+    return (place >= ends).sum(1).tolist()  # the first mode whose stretch ends beyond the place; one of weight 0 has none
 
 
 # ------------------------------------------------------------------------------------------------ one kind of token
@@ -106,26 +116,25 @@ class _Drawn:
     sigma: Tensor
 
 
-def _draw(levels: LevelsConfig, timeline: TimelineConfig, kind: Kind, batch: int, generator: torch.Generator) -> _Drawn:
+def _draw(levels: LevelsConfig, timeline: TimelineConfig, kind: Kind, draws: Draws) -> _Drawn:
     frames = timeline.blocks * timeline.latents_per_block
     tokens = {Kind.H: 1, Kind.V: frames, Kind.A: timeline.blocks * timeline.actions_per_block}[kind]
     units = 1 if kind is Kind.H else {"sample": 1, "block": timeline.blocks, "frame": frames, "token": tokens}[levels.per]
-    u = levels.low + (levels.high - levels.low) * _places(levels, (batch, units), generator)
+    u = levels.low + (levels.high - levels.low) * _places(levels, units, draws)
     u = u if levels.table is None else place_in_table(u, levels.table)
-    atom = uniform((batch, units), generator)
+    atom = draws.uniform(units)
     sigma = torch.where(atom < levels.at_one, 1.0, shift_levels(u, levels.shift))
     sigma = torch.where(atom >= 1 - levels.at_zero, 0.0, sigma)
     return _Drawn(_spread(u, tokens), _spread(sigma, tokens))
 
 
-def _places(levels: LevelsConfig, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _places(levels: LevelsConfig, units: int, draws: Draws) -> Tensor:
+    if levels.distribution == "beta":
+        return draws.beta(levels.alpha, levels.beta, units)
+    u = draws.uniform(units)
     if levels.distribution == "uniform":
-        return uniform(shape, generator)
-    if levels.distribution == "logit_normal":
-        return torch.sigmoid(levels.mean + levels.std * torch.randn(shape, generator=generator, device=generator.device))
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))  # torch's Beta takes no generator
-    draw = np.random.default_rng(seed).beta(levels.alpha, levels.beta, shape).astype(np.float32)
-    return torch.from_numpy(draw).to(generator.device)
+        return u
+    return torch.sigmoid(levels.mean + levels.std * torch.special.ndtri(u.double().clamp(2**-25, 1 - 2**-25))).float()
 
 
 def _spread(x_BU: Tensor, tokens: int) -> Tensor:
@@ -137,29 +146,27 @@ def _spread(x_BU: Tensor, tokens: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ what is given, and what modes ask for
 
 
-def _clean(config: NoiseConfig, timeline: TimelineConfig, modes: Sequence[Mode], generator: torch.Generator) -> Tensor:
+def _clean(config: NoiseConfig, timeline: TimelineConfig, modes: Sequence[Mode], draws: Draws) -> Tensor:
     """(B, latents): zeros, but for noise on the whole history, or on what actions of the same block condition on."""
-    batch, before = len(modes), timeline.first_frame == "before"
-    history = _draw(config.history, timeline, Kind.V, batch, generator).sigma
-    condition = _draw(config.condition, timeline, Kind.V, batch, generator).sigma
-    if before:
-        history = torch.cat([_draw(config.history, timeline, Kind.H, batch, generator).sigma, history], dim=1)
+    history = _draw(config.history, timeline, Kind.V, draws).sigma
+    condition = _draw(config.condition, timeline, Kind.V, draws).sigma
+    if timeline.first_frame == "before":
+        history = torch.cat([_draw(config.history, timeline, Kind.H, draws).sigma, history], dim=1)
         condition = torch.cat([torch.zeros_like(condition[:, :1]), condition], dim=1)
     condition[:, 0] = 0.0  # the first frame is never imagined
-    seen = _flags(modes, lambda m: m.sees(Kind.A, Kind.VC), generator.device)
-    conditioned = (uniform((batch, 1), generator) < config.condition_probability) & seen
-    old = uniform((batch, 1), generator) < config.history_probability
+    conditioned = (draws.uniform(1) < config.condition_probability) & _flags(modes, lambda m: m.sees(Kind.A, Kind.VC))
+    old = draws.uniform(1) < config.history_probability
     return _pin(torch.where(conditioned, condition, torch.where(old, history, 0.0)), Kind.VC, modes)
 
 
-def _prefixed(action_BT: Tensor, probability: float, timeline: TimelineConfig, generator: torch.Generator) -> Tensor:
+def _prefixed(action_BT: Tensor, probability: float, timeline: TimelineConfig, draws: Draws) -> Tensor:
     """Level 0 for the first 1..A-1 actions of every block, in some of the samples."""
-    batch, steps = len(action_BT), timeline.actions_per_block
+    steps = timeline.actions_per_block
     if probability == 0 or steps == 1:
         return action_BT
-    chosen = uniform((batch, 1, 1), generator) < probability
-    length = torch.randint(1, steps, (batch, timeline.blocks, 1), generator=generator, device=generator.device)
-    given = chosen & (torch.arange(steps, device=generator.device) < length)
+    chosen = draws.uniform(1).unsqueeze(2) < probability
+    length = 1 + (draws.uniform(timeline.blocks).unsqueeze(2) * (steps - 1)).long()  # 1..A-1
+    given = chosen & (torch.arange(steps) < length)
     return action_BT.masked_fill(given.flatten(1), 0.0)
 
 
@@ -176,6 +183,6 @@ def _pin(sigma: Tensor, kind: Kind, modes: Sequence[Mode]) -> Tensor:
     return sigma
 
 
-def _flags(modes: Sequence[Mode], of: Callable[[Mode], bool], device: torch.device) -> Tensor:
+def _flags(modes: Sequence[Mode], of: Callable[[Mode], bool]) -> Tensor:
     """(B, 1) bool: a property of each sample's mode."""
-    return torch.tensor([[of(mode)] for mode in modes], device=device)
+    return torch.tensor([[of(mode)] for mode in modes])

@@ -1,33 +1,43 @@
 """The objective: a batch of windows, noised, through the network, to one loss for video and one for actions.
 
-    frames -> latents;  modes, levels and noise drawn per sample  ->  Window  ->  network  ->  squared errors of velocities
-    errors x weight of their level x what is supervised           ->  `Losses`, reduced in one of three ways
+    modes, levels, what is dropped and what is supervised: drawn per sample, on the CPU    ->  `Drawn`
+    frames -> latents, noised  ->  `Window`  ->  network  ->  squared errors of velocities
+    errors x weight of their level x what is supervised  ->  `Losses`, reduced in one of three ways
 
 Padding, channels a robot does not have, tokens that are given (level 0) and what a mode does not predict are not supervised, so
-samples of different modes share a batch without rescaling one another.
+samples of different modes share a batch without rescaling one another.  A sample without video, or without states and actions,
+shows nothing in their place: clean tokens of them are seen by nobody, noisy ones are pure noise.
+
+How much is supervised is known before the network runs, so a loss over many processes and micro-batches can be divided by the
+whole batch's count: `total / denominator`, each summed over all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wam.codec.clip_image import ClipImage
 from wam.codec.codec import Codec
 from wam.codec.first_frame import first_frame_condition
 from wam.config import Config
-from wam.flow import SMALLEST_SIGMA, TIMESTEPS, add_noise, uniform, velocity_target
-from wam.model.actions import pad_actions, pad_states
+from wam.flow import SMALLEST_SIGMA, TIMESTEPS, add_noise, velocity_target
+from wam.model.actions import channel_masks, pad_actions, pad_states
 from wam.model.conditions import Conditions
 from wam.model.wam import TrainingMask, Window, WorldActionModel
-from wam.model.window_mask import window_mask
+from wam.model.window_mask import WindowMask, window_mask
 from wam.relations import Mode, Reach, block_mask
 from wam.text.text import prompts
 from wam.timeline import VIDEO_KINDS, Kind, Layout
+from wam.training.draws import Draws
 from wam.training.noise import LevelDraw, draw_levels, draw_modes, level_weights
+
+CLEAN_VIDEO, CLEAN_ACTIONS = (Kind.G, Kind.H, Kind.VC), (Kind.S, Kind.AC)  # what a sample without video, or without actions, does not show
+Errors = tuple[Tensor, Tensor, Tensor, Tensor]  # video's and actions' per sample (B,), then per frame and per action (B, .)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,10 @@ class Part:
     weight_BU: Tensor | None = None
     sigma_BU: Tensor | None = None
 
+    def to(self, device: torch.device) -> Part:
+        """The same on a device."""
+        return Part(*(None if x is None else x.to(device) for x in vars(self).values()))  # type: ignore[arg-type]
+
     def mean(self, reduction: str) -> Tensor:
         """One loss; 0 where nothing is supervised.
 
@@ -53,10 +67,17 @@ class Part:
             reduction: `supervised` divides by what is supervised in the batch; `sample` takes each sample's own mean first (Fast-WAM);
                 `all` divides by everything, padding included (DreamZero).
         """
+        return self.total(reduction) / self.denominator(reduction).clamp_min(1)
+
+    def total(self, reduction: str) -> Tensor:
+        """What `mean` divides."""
+        return (self.sum_B / self.count_B.clamp_min(1)).sum() if reduction == "sample" else self.sum_B.sum()
+
+    def denominator(self, reduction: str) -> Tensor:
+        """What `mean` divides by; known without the errors."""
         if reduction == "sample":
-            has = self.count_B > 0
-            return (self.sum_B / self.count_B.clamp_min(1)).sum() / has.sum().clamp_min(1)
-        return self.sum_B.sum() / (self.count_B if reduction == "supervised" else self.total_B).sum().clamp_min(1)
+            return (self.count_B > 0).sum()
+        return (self.count_B if reduction == "supervised" else self.total_B).sum()
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,51 @@ def action_errors(velocity_BTA: Tensor, target_BTA: Tensor, weight_BT: Tensor, s
     return Part((error_BTA * seen).sum((1, 2)) / channels, seen.sum((1, 2)) / channels, torch.ones_like(error_BTA).sum((1, 2)) / channels, error_BT.detach(), seen_BT)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What is random about a batch, and what of it is supervised: everything but the noise itself, on the CPU.
+
+    Attributes:
+        modes: of each sample, an index into the config's.
+        among: the modes whose tokens are laid out; at least those of `modes`.
+        levels: noise levels.
+        hidden: per sample, the clean kinds that nobody sees.
+        dropped: samples whose instruction is dropped.
+        video_seen_BF, action_seen_BTA: what is supervised (of actions, per channel).
+        draws: goes on to the noise.
+    """
+
+    modes: list[int]
+    among: frozenset[int]
+    levels: LevelDraw
+    hidden: list[frozenset[Kind]]
+    dropped: list[bool]
+    video_seen_BF: Tensor
+    action_seen_BTA: Tensor
+    draws: Draws
+
+    def counts(self) -> tuple[Part, Part]:
+        """The parts of the losses without their errors: how many tokens are supervised, and how many there are."""
+        video, action = self.video_seen_BF, self.action_seen_BTA
+        channels, none = action.shape[2], torch.zeros(len(video))
+        total = [torch.full((len(x),), float(x.shape[1])) for x in (video, action)]
+        video_sigma = self.levels.video_BF if self.levels.first_B1 is None else torch.cat([self.levels.first_B1, self.levels.video_BF], dim=1)
+        return (
+            Part(none, video.sum(1), total[0], None, video.float(), video_sigma),
+            Part(none, action.sum((1, 2)) / channels, total[1], None, action.sum(2) / channels, self.levels.action_BT),
+        )
+
+
+@dataclass(frozen=True)
+class Laid:
+    """The tokens that some modes need, and who sees whom among them in each of these modes."""
+
+    modes: list[int]
+    layout: Layout
+    dense_MLL: Tensor
+    parts: WindowMask | None
+
+
 class Objective:
     """Computes the losses of a batch; what modes need of a window, and their masks, are laid out once."""
 
@@ -111,65 +177,102 @@ class Objective:
         self.modes: list[Mode] = [model.relations.mode(name) for name in config.training.modes]
         self.robot = config.model.embodiment(config.data.embodiment)
         self.reach = Reach.of(config.timeline)
-        self.layout = needed(model.training_layout(config.timeline.blocks), self.modes, self.reach)
         self.flex = config.model.attention == "flex"
-        self.dense_MLL = torch.stack([m.table.dense(self.layout, self.reach) for m in self.modes]).to(model.device)
-        self.parts = window_mask(self.dense_MLL, self.layout)
+        self._laid: dict[frozenset[int], Laid] = {}
+        self.all_modes = frozenset(range(len(self.modes)))
+        self.layout = self.lay(self.all_modes).layout
 
-    def __call__(self, batch: dict[str, Any], generator: torch.Generator, mode: str | None = None) -> Losses:
+    def lay(self, among: frozenset[int]) -> Laid:
+        """What `among` (indices of modes) need, laid out once."""
+        if among not in self._laid:
+            order = sorted(among)
+            modes = [self.modes[i] for i in order]
+            layout = needed(self.model.training_layout(self.config.timeline.blocks), modes, self.reach)
+            dense = torch.stack([m.table.dense(layout, self.reach) for m in modes]).to(self.model.device)
+            self._laid[among] = Laid(order, layout, dense, window_mask(dense, layout))
+        return self._laid[among]
+
+    def __call__(self, batch: dict[str, Any], random: Draws | torch.Generator, mode: str | None = None) -> Losses:
         """Losses of a collated batch; modes are drawn from the config unless one is given."""
-        size, t = len(batch["frames"]), self.config.training
-        names = list(t.modes)
-        chosen = [names.index(mode)] * size if mode else draw_modes(t.modes, size, generator)
-        modes = [self.modes[i] for i in chosen]
-        levels = draw_levels(self.config.noise, self.config.timeline, modes, generator, t.predict_first_frame)
-        window, video_target, action_target = self._window(batch, levels, generator)
-        conditions = self._conditions(batch, window, generator)
-        video, action = self.model(window, conditions, self._mask(chosen, generator), self.layout)
+        return self.losses(batch, self.draw(batch, random, mode))
 
-        device = self.model.device
-        video_seen = self._video_seen(batch, levels).to(device) & _predicts(modes, Kind.V, device)
-        action_seen = (~batch["action_is_pad"] & levels.action_seeks).to(device) & _predicts(modes, Kind.A, device)
-        channels = self.model.robot_channels(window.embodiment_B)
-        video_sigma, action_sigma = window.video_t_BF / TIMESTEPS, window.action_t_BT / TIMESTEPS
-        return Losses(
-            [m.name for m in modes],
-            replace(video_errors(video, video_target, self._video_weight(video_sigma), video_seen), sigma_BU=video_sigma),
-            replace(action_errors(action, action_target, level_weights(self.config.noise.action, action_sigma), action_seen.unsqueeze(2) & (channels > 0)), sigma_BU=action_sigma),
-            t.reduction,
-        )
+    def draw(self, batch: dict[str, Any], random: Draws | torch.Generator, mode: str | None = None) -> Drawn:
+        """Draw what is random about a batch; modes from the config unless one is given."""
+        t, size = self.config.training, len(batch["instruction"])
+        draws, names = Draws.of(random, size), list(t.modes)
+        video, action = has(batch, "has_video"), has(batch, "has_action")
+        chosen = [names.index(mode)] * size if mode else draw_modes(t.modes, size, draws, self._fitting(video, action))
+        modes = [self.modes[i] for i in chosen]
+        levels = _absent_is_noise(draw_levels(self.config.noise, self.config.timeline, modes, draws, t.predict_first_frame), video, action, self.config.timeline.lead)
+        stateless, goal, textless = (draws.uniform(1)[:, 0] for _ in range(3))
+        hidden = [
+            frozenset(
+                [*((Kind.S,) if s else ()), *(() if g else (Kind.G,)), *(() if v else CLEAN_VIDEO), *(() if a else CLEAN_ACTIONS)]
+            )
+            for s, g, v, a in zip((stateless < t.state_dropout).tolist(), (goal < t.goal_image).tolist(), video.tolist(), action.tolist(), strict=True)
+        ]
+        video_seen = self._video_seen(batch, levels) & _predicts(modes, Kind.V) & video.unsqueeze(1)
+        action_seen = ~batch["action_is_pad"] & levels.action_seeks & _predicts(modes, Kind.A) & action.unsqueeze(1)
+        channels = channel_masks(self.config.model)[self.embodiments(batch)].unsqueeze(1) > 0
+        return Drawn(chosen, self.all_modes, levels, hidden, (textless < t.text_dropout).tolist(), video_seen, action_seen.unsqueeze(2) & channels, draws)
+
+    def _fitting(self, video_B: Tensor, action_B: Tensor) -> Tensor | None:
+        """(B, modes): those that predict something a sample has; None where all have everything."""
+        if bool(video_B.all()) and bool(action_B.all()):
+            return None
+        predicts = [torch.tensor([kind in m.predicts for m in self.modes]) for kind in (Kind.V, Kind.A)]
+        return (video_B.unsqueeze(1) & predicts[0]) | (action_B.unsqueeze(1) & predicts[1])
+
+    def losses(self, batch: dict[str, Any], drawn: Drawn) -> Losses:
+        """Losses of a collated batch with what was drawn for it."""
+        return self.assemble(drawn, self.errors(batch, drawn))
+
+    def errors(self, batch: dict[str, Any], drawn: Drawn) -> Errors:
+        """Errors of a collated batch, as tensors and nothing else: what a wrapped module may return."""
+        device, laid = self.model.device, self.lay(drawn.among)
+        window, video_target, action_target = self._window(batch, drawn)
+        state = window.state_BNS
+        assert state is not None
+        conditions = self.conditions_of(batch, state, window.embodiment_B, drawn.dropped)
+        velocity, action_velocity = self.model(window, conditions, self._mask(laid, drawn), laid.layout)
+        video = video_errors(velocity, video_target, self._video_weight(window.video_t_BF / TIMESTEPS), drawn.video_seen_BF.to(device))
+        weight = level_weights(self.config.noise.action, window.action_t_BT / TIMESTEPS)
+        action = action_errors(action_velocity, action_target, weight, drawn.action_seen_BTA.to(device))
+        assert video.error_BU is not None and action.error_BU is not None
+        return video.sum_B, action.sum_B, video.error_BU, action.error_BU
+
+    def assemble(self, drawn: Drawn, errors: Errors) -> Losses:
+        """Losses from what was drawn and the errors it led to."""
+        parts = [replace(part.to(errors[0].device), sum_B=errors[i], error_BU=errors[2 + i]) for i, part in enumerate(drawn.counts())]
+        return Losses([self.modes[i].name for i in drawn.modes], parts[0], parts[1], self.config.training.reduction)
 
     def _video_weight(self, sigma_BF: Tensor) -> Tensor:
         """The level's weight; a head that puts out the data is judged on the data: its velocity's error is 1 / sigma times larger."""
         weight = level_weights(self.config.noise.video, sigma_BF)
         return weight if self.config.model.video_head == "velocity" else weight * sigma_BF.clamp_min(SMALLEST_SIGMA).square()
 
-    def _mask(self, chosen: list[int], generator: torch.Generator) -> TrainingMask:
-        """Each sample's mode; some samples go without states, some without a goal."""
-        t, kinds_L, device = self.config.training, self.layout.kinds_L, self.model.device
-        hidden = (uniform((len(chosen), 1), generator) < t.state_dropout).cpu() & (kinds_L == int(Kind.S))
-        if self.config.model.goal_image:
-            hidden |= (uniform((len(chosen), 1), generator) >= t.goal_image).cpu() & (kinds_L == int(Kind.G))
+    def _mask(self, laid: Laid, drawn: Drawn) -> TrainingMask:
+        """Each sample's mode, without what is hidden in it."""
+        kinds_L, device = laid.layout.kinds_L, self.model.device
+        hidden = torch.stack([torch.isin(kinds_L, torch.tensor([int(k) for k in kinds])) for kinds in drawn.hidden])
         if self.flex:
-            return block_mask([self.modes[i].table for i in chosen], self.layout, self.reach, hidden, device)
-        rows = torch.tensor(chosen, device=device)
-        if self.parts is not None:
-            parts = self.parts.select(rows)
+            return block_mask([self.modes[i].table for i in drawn.modes], laid.layout, self.reach, hidden, device)
+        rows = torch.tensor([laid.modes.index(i) for i in drawn.modes], device=device)
+        if laid.parts is not None:
+            parts = laid.parts.select(rows)
             return parts.hide(hidden.to(device)) if bool(hidden.any()) else parts
         itself = torch.eye(len(kinds_L), dtype=torch.bool, device=device)
-        return (self.dense_MLL[rows] & (~hidden.to(device).unsqueeze(1) | itself)).unsqueeze(1)
+        return (laid.dense_MLL[rows] & (~hidden.to(device).unsqueeze(1) | itself)).unsqueeze(1)
 
-    def _window(self, batch: dict[str, Any], levels: LevelDraw, generator: torch.Generator) -> tuple[Window, Tensor, Tensor]:
-        device, before = self.model.device, self.config.timeline.first_frame == "before"
-        latents = self.codec.encode(batch["frames"].to(device))
-        m = self.config.model
+    def _window(self, batch: dict[str, Any], drawn: Drawn) -> tuple[Window, Tensor, Tensor]:
+        device, m, levels = self.model.device, self.config.model, drawn.levels
+        latents = self.latents_of(batch)
         action, executed = (self.actions_of(batch, key) for key in ("action", "executed"))
-        state = pad_states(m, batch["state"].to(device))
-        embodiment = torch.full((len(state),), self.model.embodiment_index(self.config.data.embodiment), device=device)
-        future = latents[:, :, 1:] if before and levels.first_B1 is None else latents
+        state, embodiment = pad_states(m, batch["state"].to(device)), self.embodiments(batch).to(device)
+        future = latents[:, :, 1:] if self.config.timeline.first_frame == "before" and levels.first_B1 is None else latents
         sigma_F = levels.video_BF if levels.first_B1 is None else torch.cat([levels.first_B1, levels.video_BF], dim=1)
         clean_F, video_F, action_T = (x.to(device) for x in (levels.clean_BF, sigma_F, levels.action_BT))
-        noise = [torch.randn(x.shape, generator=generator).to(device) for x in (latents, future, action)]
+        noise = drawn.draws.normals([x.shape[1:] for x in (latents, future, action)], device)
         keep = self.model.action_channels(embodiment)
         noisy_action = add_noise(action, noise[2], action_T[:, :, None])
         window = Window(
@@ -182,33 +285,54 @@ class Objective:
             action_t_BT=TIMESTEPS * action_T,
             embodiment_B=embodiment,
             state_BNS=state,
-            goal_BC1HW=self.codec.encode(batch["frames"][:, -1:].to(device)) if m.goal_image else None,
+            goal_BC1HW=self.codec.encode(_frames(batch)[:, -1:].to(device)) if m.goal_image else None,
         )
         return window, velocity_target(future, noise[1]), velocity_target(action, noise[2])
 
+    def latents_of(self, batch: dict[str, Any]) -> Tensor:
+        """A batch's latents (B, C, F, h, w) on the device: its own, where it brings them, or its frames'."""
+        if batch.get("latents") is not None:
+            return batch["latents"].to(self.model.device).float()
+        return self.codec.encode(_frames(batch).to(self.model.device))
+
+    def embodiments(self, batch: dict[str, Any]) -> Tensor:
+        """(B,) which embodiment's weights each sample uses; of one without actions that the model does not know, the first's, which it never asks.
+
+        Raises:
+            ValueError: actions of a robot that the model does not have.
+        """
+        size = len(batch["instruction"])
+        names = batch.get("embodiment") or [self.config.data.embodiment] * size
+        known = {e.name: i for i, e in enumerate(self.config.model.embodiments)}
+        return torch.tensor([known[n] if n in known else self.model.embodiment_index(n) if has_own else 0 for n, has_own in zip(names, has(batch, "has_action").tolist(), strict=True)])
+
     def actions_of(self, batch: dict[str, Any], key: str) -> Tensor:
-        """A batch's actions (B, N A, .) on the device; zeros in place of those that would lead to a first frame inside block 0, as in a session."""
-        lead = self.config.timeline.lead
-        actions = pad_actions(self.config.model, self.robot, batch[key].to(self.model.device))
+        """A batch's actions (B, N A, .) on the device, each robot's on its channels; zeros in place of those that would lead to a first frame inside block 0, as in a session."""
+        lead, given, rows = self.config.timeline.lead, batch[key].to(self.model.device), self.embodiments(batch)
+        mine = has(batch, "has_action")
+        actions = given.new_zeros(*given.shape[:2], self.config.model.actions)
+        for index, robot in enumerate(self.config.model.embodiments):
+            own = ((rows == index) & mine).to(given.device)
+            if bool(own.all()):
+                actions = pad_actions(self.config.model, robot, given[..., : robot.action_dim])
+                break
+            if bool(own.any()):
+                actions[own] = pad_actions(self.config.model, robot, given[own][..., : robot.action_dim])
         return torch.cat([torch.zeros_like(actions[:, :lead]), actions[:, lead:]], dim=1)
 
-    def _conditions(self, batch: dict[str, Any], window: Window, generator: torch.Generator) -> Conditions:
-        """`conditions_of`, with some of the instructions dropped."""
-        dropped = (uniform((len(batch["instruction"]),), generator) < self.config.training.text_dropout).tolist()
-        assert window.state_BNS is not None
-        return self.conditions_of(batch, window.state_BNS, window.embodiment_B, dropped)
-
     def conditions_of(self, batch: dict[str, Any], state_BNS: Tensor, embodiment_B: Tensor, dropped: list[bool] | None = None) -> Conditions:
-        """Instructions, and where the model takes them the window's first state, its first frame and that frame's image embeddings."""
+        """Instructions, some of them `dropped`, and where the model takes them the window's first state, its first frame and that frame's image embeddings."""
         m, device = self.config.model, self.model.device
         texts = prompts(batch["instruction"], self.config.text.template)
         conditions = self.model.encode_text(["" if gone else text for text, gone in zip(texts, dropped or [False] * len(texts), strict=True)])
         if m.state == "context":
             conditions = self.model.with_state(conditions, state_BNS[:, 0], embodiment_B)
+        real = has(batch, "has_video").to(device).float()
         if self.image is not None:
-            conditions = self.model.with_image(conditions, self.image(batch["frames"][:, 0].to(device)).to(device))
+            conditions = self.model.with_image(conditions, self.image(_frames(batch)[:, 0].to(device)).to(device) * real[:, None, None])
         if m.first_frame == "concat":
-            conditions = conditions.with_first_frame(first_frame_condition(self.codec, batch["frames"][:, :1].to(device), self.config.timeline.latents))
+            first = first_frame_condition(self.codec, _frames(batch)[:, :1].to(device), self.config.timeline.latents)
+            conditions = conditions.with_first_frame(first * real[:, None, None, None, None])
         return conditions
 
     def _video_seen(self, batch: dict[str, Any], levels: LevelDraw) -> Tensor:
@@ -244,5 +368,43 @@ def needed(layout: Layout, modes: list[Mode], reach: Reach) -> Layout:
     return Layout(tuple(s for s, kept in zip(layout.segments, keep.tolist(), strict=True) if kept))
 
 
-def _predicts(modes: list[Mode], kind: Kind, device: torch.device) -> Tensor:
-    return torch.tensor([[kind in m.predicts] for m in modes], device=device)
+class Supervised(nn.Module):
+    """The objective as one module, model included, so that whatever wraps a module to share its work between processes sees all of it.
+
+    What it returns are `Errors`; what they are divided by is known already (`Drawn.counts`).
+    """
+
+    def __init__(self, objective: Objective, autocast: torch.autocast):
+        super().__init__()
+        self.model, self.objective, self.autocast = objective.model, objective, autocast
+
+    def forward(self, batch: dict[str, Any], drawn: Drawn) -> Errors:
+        """Errors of a batch."""
+        with self.autocast:
+            return self.objective.errors(batch, drawn)
+
+
+def has(batch: dict[str, Any], key: str) -> Tensor:
+    """(B,) bool on the CPU: which samples have video (`has_video`) or states and actions (`has_action`); all, where the batch does not say."""
+    given = batch.get(key)
+    return torch.ones(len(batch["instruction"]), dtype=torch.bool) if given is None else given.cpu()
+
+
+def _frames(batch: dict[str, Any]) -> Tensor:
+    if batch.get("frames") is None:
+        raise ValueError("the batch has latents and no frames, but this config looks at pixels (image encoder, model.first_frame concat, or a goal image); make the cache with frames kept, or train without it")
+    return batch["frames"]
+
+
+def _absent_is_noise(levels: LevelDraw, video_B: Tensor, action_B: Tensor, lead: int) -> LevelDraw:
+    """Pure noise in place of video or actions that a sample does not have."""
+    if bool(video_B.all()) and bool(action_B.all()):
+        return levels
+    no_video, no_action = ~video_B.unsqueeze(1), ~action_B.unsqueeze(1)
+    action = levels.action_BT.masked_fill(no_action & (torch.arange(levels.action_BT.shape[1]) >= lead), 1.0)
+    first = None if levels.first_B1 is None else levels.first_B1.masked_fill(no_video, 1.0)
+    return replace(levels, video_BF=levels.video_BF.masked_fill(no_video, 1.0), action_BT=action, first_B1=first)
+
+
+def _predicts(modes: Iterable[Mode], kind: Kind) -> Tensor:
+    return torch.tensor([[kind in m.predicts] for m in modes])
