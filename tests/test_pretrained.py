@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from survival import newest_state
 from tiny import tiny_config, tiny_model
 from tiny_wan import transformer, wan_config, write_pipeline
 
@@ -23,7 +23,6 @@ from wam.text.cache import CachedText
 from wam.text.text import OutsideText, make_text, prompt
 from wam.training import loop
 from wam.training.loop import build_model, train
-from wam.training.state import STATE
 
 SAMPLE = Path(__file__).parents[1] / "data" / "metaworld_sample"
 CLIPPING = {"version": 1, "method": "quantile", "clip": 1.5, "keys": {}}
@@ -214,7 +213,7 @@ def test_adapters_train_and_come_back_on_their_base(folders: dict[str, Path], tm
 
 
 def test_adapters_resume_to_the_bit_dropout_included(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _training("ti2v", folders["ti2v"], "model.lora={rank: 2, dropout: 0.5}", "model.gradient_checkpointing=true", "training.steps=3", "training.validate_every=3")
+    config = _training("ti2v", folders["ti2v"], "model.lora={rank: 2, dropout: 0.5}", "model.gradient_checkpointing=true", "training.steps=3", "training.validate_every=3", "training.save_every=1")
     train(config, tmp_path / "whole")
     real, calls = loop._Run._step, []
 
@@ -228,7 +227,7 @@ def test_adapters_resume_to_the_bit_dropout_included(folders: dict[str, Path], t
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "parts")
     train(config, tmp_path / "parts")
-    whole, parts = (load_file(tmp_path / name / STATE) for name in ("whole", "parts"))
+    whole, parts = (newest_state(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not any(".base_layer." in name for name in whole)  # what is frozen is not kept
 

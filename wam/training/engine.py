@@ -10,6 +10,7 @@ A step whose gradient norm is not finite changes nothing: whoever called decides
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -50,13 +51,13 @@ class Engine:
         """Add a loss's gradients to those of this step."""
         loss.backward()
 
-    def step(self) -> Tensor:
+    def step(self, largest: float = math.inf) -> Tensor:
         """Clip the gradients, update the weights and forget the gradients; returns the norm before clipping.
 
-        Where the norm is not finite, the gradients are forgotten and nothing is updated.
+        Where the norm is not finite or above `largest`, the gradients are forgotten and nothing is updated.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, foreach=True)
-        if bool(torch.isfinite(norm)):
+        if bool(torch.isfinite(norm)) and float(norm) <= largest:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -1,0 +1,216 @@
+"""What keeps one bad batch from ruining a run: it is put on disk, its step is left out, and too many of them end the run with a diagnosis.
+
+    loss not finite, or > explode_factor x its running median    ->  no update: weights, EMA and optimiser stay as they are
+    gradient norm likewise                                       ->  the same, on every process, since both numbers are everyone's
+    more than max_skipped of the last `window` steps             ->  `Unstable`: which episodes, dimensions and modes recur, and what to do
+
+    output/skipped/step-00000123/rank-00000.json           why; per sample its episode, start, mode and errors; the largest values
+                                 rank-00000.safetensors    the batch's tensors (of the first `SAVED` steps)
+
+Medians and counts are part of the state, so a run that was killed leaves out the same steps as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wam.config_training import GuardsConfig
+from wam.files import atomic_path, write_json_atomic
+
+log = logging.getLogger(__name__)
+SKIPPED = "skipped"
+SAVED = 20  # steps whose batches are kept as tensors; of later ones only the description
+ENOUGH = 20  # numbers that a median needs to be worth something
+LARGE = 50.0  # a normalised value that no sound statistics give
+NORMALISED = ("state", "action", "executed")
+
+
+class Unstable(RuntimeError):
+    """Too many steps had a loss or gradient that is not finite, or exploded; the message is the diagnosis."""
+
+
+class Guard:
+    """Judges a step's loss and gradient norm by those of the steps before.
+
+    Args:
+        remembered: what `to_dict` gave, of the run that goes on.
+    """
+
+    def __init__(self, config: GuardsConfig, remembered: Mapping[str, Any] | None = None):
+        remembered = remembered or {}
+        self.config = config
+        self.losses: deque[float] = deque(remembered.get("losses", ()), maxlen=config.window)
+        self.norms: deque[float] = deque(remembered.get("norms", ()), maxlen=config.window)
+        self.skipped: list[int] = list(remembered.get("skipped", ()))
+        self.total: int = remembered.get("total", len(self.skipped))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What has to be remembered, for JSON."""
+        return {"losses": list(self.losses), "norms": list(self.norms), "skipped": self.skipped, "total": self.total}
+
+    def largest_loss(self) -> float:
+        """The greatest loss that is accepted now."""
+        return self._largest(self.losses)
+
+    def largest_norm(self) -> float:
+        """The greatest gradient norm that is accepted now."""
+        return self._largest(self.norms)
+
+    def judge(self, loss: float, norm: float) -> str | None:
+        """Why a step must be left out; None where it may count."""
+        for what, value, largest, past in (("loss", loss, self.largest_loss(), self.losses), ("gradient's norm", norm, self.largest_norm(), self.norms)):
+            if not math.isfinite(value):
+                return f"the {what} is {value}"
+            if value > largest:
+                return f"the {what} is {value:.4g}, {value / statistics.median(past):.0f} times the median of the last {len(past)} steps"
+        return None
+
+    def accept(self, loss: float, norm: float) -> None:
+        """Take note of a step that counted."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def skip(self, step: int) -> bool:
+        """Take note of a step that is left out; whether it is one too many."""
+        self.skipped = [s for s in self.skipped if s > step - self.config.window] + [step]
+        self.total += 1
+        return len(self.skipped) > self.config.max_skipped
+
+    def _largest(self, past: deque[float]) -> float:
+        if self.config.explode_factor is None or len(past) < min(ENOUGH, self.config.window):
+            return math.inf
+        return self.config.explode_factor * statistics.median(past) or math.inf  # a median of 0: steps that supervise nothing
+
+
+# ------------------------------------------------------------------------------------------------ evidence
+
+
+def save_evidence(output: Path, step: int, rank: int, reason: str, batch: Mapping[str, Any], losses: Any, norms: Mapping[str, float]) -> Path:
+    """Write a batch whose step is left out, and what is known of it; returns the folder.
+
+    Args:
+        losses: `wam.training.objective.Losses` of this process's samples.
+        norms: gradient norms, by group.
+    """
+    folder = output / SKIPPED / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank-{rank:05d}.safetensors"
+    described = {"step": step, "rank": rank, "reason": reason, "samples": _samples(batch, losses), "largest": _largest_values(batch), "gradient_norms": {k: _plain(v) for k, v in norms.items()}}
+    if len(list(path.parent.parent.glob(f"*/{path.name}"))) < SAVED:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in batch.items() if isinstance(value, Tensor)}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json_atomic(path.with_suffix(".json"), described)
+    return folder
+
+
+def _samples(batch: Mapping[str, Any], losses: Any) -> list[dict[str, Any]]:
+    """Of each sample, whatever names it, and its mean errors."""
+    size = len(losses.modes)
+    names = {k: v for k, v in batch.items() if (isinstance(v, list) and len(v) == size) or (isinstance(v, Tensor) and v.shape == (size,) and not v.is_floating_point())}
+    errors = {}
+    for part in ("video", "action"):
+        errors_of = getattr(losses, f"{part}_part")
+        errors[part] = (errors_of.sum_B / errors_of.count_B.clamp_min(1)).detach().float().cpu().tolist()
+    rows = []
+    for i in range(size):
+        named = {k: v[i] if isinstance(v, list) else v[i].item() for k, v in names.items()}
+        rows.append({**named, "mode": losses.modes[i], **{f"{part}_error": _plain(values[i]) for part, values in errors.items()}})
+    return rows
+
+
+def _largest_values(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The largest normalised number of every key, with its sample and dimension; one that is not finite is the largest of all."""
+    out = []
+    for key in NORMALISED:
+        value = batch.get(key)
+        if isinstance(value, Tensor) and value.numel():
+            size = torch.nan_to_num(value.detach().float().abs(), nan=math.inf)
+            row, *_, dimension = torch.unravel_index(size.argmax(), size.shape)
+            out.append({"key": key, "value": _plain(float(value.flatten()[size.argmax()])), "sample": int(row), "dimension": int(dimension)})
+    return out
+
+
+def _plain(value: float) -> float | str:
+    """A number for JSON, which has no words for those that are not finite."""
+    return value if math.isfinite(value) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------ diagnosis
+
+
+def diagnosis(output: Path, steps: Iterable[int], config: GuardsConfig, rate: float) -> str:
+    """What the batches of the steps that were left out have in common, and what to do about it.
+
+    Args:
+        rate: the learning rate now.
+    """
+    found = [json.loads(path.read_text()) for step in steps for path in sorted((output / SKIPPED / f"step-{step:08d}").glob("rank-*.json"))]
+    count = len({entry["step"] for entry in found})
+    reasons = Counter(_kind(entry["reason"]) for entry in {e["step"]: e for e in found}.values())
+    suspects = [row for entry in found for row in entry["samples"] if _broken(row)] or [row for entry in found for row in entry["samples"]]
+    recurring = [text for key in ("dataset", "embodiment", "episode", "mode") if (text := _recurs(key, suspects, count))]
+    large = _large(found)
+    told = [f"{count} of the last {config.window} steps were left out (training.guards.max_skipped is {config.max_skipped}): {', '.join(f'{n} x {kind}' for kind, n in reasons.items())}"]
+    told += [f"among their {len(suspects)} {'broken ' if any(map(_broken, suspects)) else ''}samples: {', '.join(recurring)}"] if recurring else []
+    told += [f"largest normalised value: {large[0]}"] if large else []
+    norms = _norms(found)
+    told += [f"gradient norms by group, at their largest: {norms}"] if norms else []
+    return f"{'; '.join(told)}. {_advice(large, suspects, rate)} The batches are in {output / SKIPPED}"
+
+
+def _kind(reason: str) -> str:
+    return reason.partition(",")[0].rpartition(" is ")[0] + (" exploded" if "," in reason else " is not finite")
+
+
+def _broken(row: Mapping[str, Any]) -> bool:
+    return any(isinstance(row[f"{part}_error"], str) for part in ("video", "action"))
+
+
+def _recurs(key: str, rows: list[dict[str, Any]], steps: int) -> str | None:
+    """The commonest value of a key, where it is in more samples than chance would put it."""
+    values = Counter(str(row[key]) for row in rows if key in row)
+    if not values or (len(values) == 1 and key not in ("dataset", "episode", "mode")):
+        return None
+    value, times = values.most_common(1)[0]
+    return f"{key} {value} {times} times" if times > max(1, len(rows) / len(values)) or (len(values) == 1 and steps > 1) else None
+
+
+def _large(found: list[dict[str, Any]]) -> list[str]:
+    values = [(float(v["value"]), v, entry) for entry in found for v in entry["largest"]]
+    values.sort(key=lambda x: abs(x[0]) if not math.isnan(x[0]) else math.inf, reverse=True)
+    out = []
+    for size, v, entry in values[:1]:
+        row = entry["samples"][v["sample"]]
+        out.append(f"{v['key']} dimension {v['dimension']} is {v['value'] if isinstance(v['value'], str) else round(size, 2)} in episode {row.get('episode')}, row {row.get('start')}" if not abs(size) <= LARGE else "")
+    return [text for text in out if text]
+
+
+def _norms(found: list[dict[str, Any]]) -> str:
+    largest: dict[str, float] = {}
+    for entry in found:
+        for name, value in entry["gradient_norms"].items():
+            number = float(value)
+            largest[name] = number if not largest.get(name, -math.inf) >= number else largest[name]
+    return ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
+
+
+def _advice(large: list[str], suspects: list[dict[str, Any]], rate: float) -> str:
+    episodes = Counter(row.get("episode") for row in suspects)
+    episode, times = episodes.most_common(1)[0] if episodes else (None, 0)
+    if large:
+        return "That dimension's statistics or that reading are wrong: `wam check` shows which; repair it, or leave the episode out (data.exclude)."
+    if len(episodes) > 1 and times > len(suspects) / 2:
+        return f"Look at episode {episode} (`wam check`), and leave it out if it is broken."
+    return f"No sample stands out, so look at the optimisation: lower training.learning_rate (now {rate:.2g}), raise training.warmup_steps, or try training.precision=fp32; an older state can be gone on from by deleting newer ones."
