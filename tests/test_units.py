@@ -197,7 +197,7 @@ def test_actions_that_are_recorded_relative_are_not_made_relative_again(tmp_path
         ([{"name": "a", "size": 3}], [{"name": "b", "size": 3, "relative_to": "c"}], "none of its state groups; name one of a"),
         ([{"name": "a", "size": 3}], [{"name": "b", "size": 3, "rotation": "euler", "relative_to": "a"}], "one is a rotation and one is not"),
         ([{"name": "a", "size": 3}], [{"name": "b", "size": 4, "rotation": "euler"}], "a rotation as euler has 3 numbers"),
-        ([{"name": "a", "size": 3}], [{"name": "b", "size": 1, "gripper": True, "relative_to": "a"}], "a gripper's command is absolute"),
+        ([{"name": "a", "size": 3}], [{"name": "b", "size": 4, "rotation": "quaternion", "gripper": True}], "is a gripper and a rotation"),
         ([{"name": "a", "size": 3}, {"name": "a", "size": 1}], [{"name": "b", "size": 2}], "name each once"),
         ([{"name": "a", "size": 3}], [{"name": "b", "size": 3, "network_rotation": "rotation_6d"}], "but rotation is 'none'"),
         ([{"name": "a", "size": 3, "relative_to": "a"}], [{"name": "b", "size": 2}], "only actions are relative"),

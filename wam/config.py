@@ -4,7 +4,7 @@ A config is a tree of frozen dataclasses.  It is read from YAML, changed by `sec
 arithmetic when it is built.  Unknown keys and wrong types are refused with the nearest right name; sizes that do not fit are
 refused with the sum spelled out.  What is resolved is saved beside the run, so a checkpoint always says how it was made.
 
-    YAML file  ->  overrides  ->  dataclasses (typed, checked)  ->  config.yaml in the run directory
+    preset, robot card  ->  YAML file  ->  overrides  ->  dataclasses (typed, checked)  ->  config.yaml in the run directory
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import yaml
 from wam.config_data import DataConfig
 from wam.config_model import CodecConfig, ImageConfig, LoraConfig, ModelConfig, RelationsConfig, SamplingConfig, TextConfig, TimelineConfig
 from wam.config_robot import EmbodimentConfig, GroupConfig
+from wam.config_time import seconds_to_steps
 from wam.config_training import HistoryLevelsConfig, LevelsConfig, NoiseConfig, TrainingConfig, VideoLevelsConfig
 from wam.config_tree import ConfigError, from_dict, names, overlay, read_yaml, show, to_dict
 from wam.config_tree import require as _require
 from wam.files import write_text_atomic
 from wam.presets import get_preset
+from wam.robots import lay_cards
 
 __all__ = [
     "CodecConfig",
@@ -186,7 +188,7 @@ class Config:
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML config and apply `section.key=value` overrides (values are YAML).
+    """Read a YAML config and apply `section.key=value` overrides (values are YAML).  `robot: NAME` lays a robot card under both (`wam.robots`).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -222,10 +224,10 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
         below = get_preset(str(tree.get("preset", Config.preset)))
     except ValueError as error:
         raise ConfigError(f"preset: {error}") from error
-    tree = overlay(Config, below, tree)
+    tree = lay_cards(below, tree, Config)
     if isinstance(tree.get("mixture"), list) and isinstance(tree.get("data") or {}, dict):  # whatever else it is, `from_dict` says
         tree["mixture"] = [overlay(DataConfig, tree.get("data") or {}, entry) if isinstance(entry, dict) else entry for entry in tree["mixture"]]
-    return from_dict(Config, tree)
+    return from_dict(Config, seconds_to_steps(tree))
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -33,7 +33,7 @@ class GroupConfig:
     rotation: Rotation = "none"  # the form of the raw numbers, where they are a rotation (forms: `wam.data.rotations`)
     network_rotation: Rotation | None = None  # the form that the network sees; null: as the raw numbers
     normalization: Literal["quantile", "mean_std", "min_max", "none"] | None = None  # of this group; null: data.normalization
-    gripper: bool = False  # opens and closes: never relative, never a rotation
+    gripper: bool = False  # opens and closes: `wam check` looks at its polarity
 
     def __post_init__(self) -> None:
         who = f"group {self.name!r}"
@@ -128,7 +128,6 @@ class EmbodimentConfig:
             if group.relative_to is None:
                 continue
             who = f"model.embodiments: action group {group.name!r} of {self.name!r} is relative to {group.relative_to!r}"
-            require(not group.gripper, f"{who}, but it is a gripper", "a gripper's command is absolute: leave relative_to out")
             require(group.relative_to in states, f"{who}, which is none of its state groups", f"name one of {', '.join(states) or 'them (state_groups is empty)'}")
             state = states[group.relative_to]
             require((state.rotation == "none") == (group.rotation == "none"), f"{who}, of which one is a rotation and one is not", "say of both in which form they are written")
