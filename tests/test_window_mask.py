@@ -29,6 +29,7 @@ def test_parts_equal_the_whole(hide: bool) -> None:
     hidden = torch.zeros(len(tables), len(LAYOUT), dtype=torch.bool)
     if hide:
         hidden[::2] = torch.isin(LAYOUT.kinds_L, torch.tensor([int(Kind.S), int(Kind.G)]))
+        hidden[1] = torch.isin(LAYOUT.kinds_L, torch.tensor([int(kind) for kind in (Kind.S, Kind.AC, Kind.A)]))  # no actions: noisy ones either
         parts, dense = parts.hide(hidden), dense_masks(tables, LAYOUT, reach, hidden)
     q, k, v = _normal(len(tables))
     found, expected = parts.attend(q, k, v), attention(q, k, v, dense.unsqueeze(1), "eager")

@@ -45,17 +45,17 @@ class WindowMask:
         return WindowMask(self.groups, self.lengths, {g: None if m is None else m[rows] for g, m in self.masks.items()})
 
     def hide(self, hidden_BL: Tensor) -> WindowMask:
-        """Without the clean tokens in `hidden_BL` (B, L), which are seen by nobody but themselves."""
+        """Without the tokens in `hidden_BL` (B, L), which are seen by nobody but themselves."""
         pieces = hidden_BL.split(self.lengths, dim=1)
-        clean_BC = torch.cat([p for p, g in zip(pieces, self.groups, strict=True) if g is _CLEAN], dim=1)
-        itself = torch.eye(clean_BC.shape[1], dtype=torch.bool, device=clean_BC.device)
+        clean_BC = self._group(pieces, _CLEAN)
         masks: dict[int | None, Tensor | None] = {}
         for group, mask in self.masks.items():
-            size = sum(n for n, g in zip(self.lengths, self.groups, strict=True) if g == group)
-            seen = ~clean_BC[:, None, None, :] if group is not _CLEAN else (~clean_BC.unsqueeze(1) | itself).unsqueeze(1)
-            own = 0 if group is _CLEAN else size
-            full = torch.nn.functional.pad(seen, (0, own), value=True).expand(-1, 1, size, -1)
-            masks[group] = full if mask is None else mask & full
+            own_BS = self._group(pieces, group)
+            itself = torch.eye(own_BS.shape[1], dtype=torch.bool, device=own_BS.device)
+            seen = ~own_BS.unsqueeze(1) | itself
+            if group is not _CLEAN:
+                seen = torch.cat([(~clean_BC).unsqueeze(1).expand(-1, len(itself), -1), seen], dim=2)
+            masks[group] = seen.unsqueeze(1) if mask is None else mask & seen.unsqueeze(1)
         return WindowMask(self.groups, self.lengths, masks)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
