@@ -205,6 +205,32 @@ def _check(args: argparse.Namespace) -> int:
     return EXIT_FOUND if check(args.dataset, config, args.output or Path("runs") / f"check-{args.dataset.resolve().name}", args.episodes, args.checkpoint) else 0
 
 
+ROBOTS = """\
+List the robot cards there are, or show what one resolves to: its canvas, its groups and sizes, and the text its
+instructions are put into. A card is one YAML file; docs/robots.md explains how to write yours.
+
+examples:
+  wam robots
+  wam robots droid
+  wam robots lab/my_arm.yaml
+"""
+
+
+def _robots_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("robot", metavar="ROBOT", nargs="?", help="name of a card in data/robots/, or path to one (default: list them)")
+
+
+def _robots(args: argparse.Namespace) -> None:
+    from wam.robots import describe, known_cards, read_card
+
+    if args.robot is not None:
+        print(describe(args.robot, read_card(args.robot)))
+        return
+    cards = {name: read_card(str(path)) for name, path in known_cards().items()}
+    for name, card in cards.items():
+        print(f"{name:<{max(map(len, cards))}}  {card.robot.raw_state_dim:>3} state  {card.robot.raw_action_dim:>3} action  {len(card.cameras)} cameras  {card.description}")
+
+
 TRAIN = """\
 Train one model on every mode of the config. If the output directory holds a checkpoint, training goes on from
 it, to the bit; --fresh starts over.
@@ -578,6 +604,7 @@ class Command:
 COMMANDS = (
     Command("collect", "record demonstrations of scripted experts as a LeRobot dataset", COLLECT, _collect_arguments, _collect),
     Command("check", "look for what breaks policies silently in a dataset", CHECK, _check_arguments, _check),
+    Command("robots", "list robot cards, or show what one says", ROBOTS, _robots_arguments, _robots),
     Command("train", "train a model, or go on training it", TRAIN, _train_arguments, _train),
     Command("rollout", "drive a robot in a simulator and count successes", ROLLOUT, _rollout_arguments, _rollout),
     Command("imagine", "compare imagined video with what happened", IMAGINE, _imagine_arguments, _imagine),
