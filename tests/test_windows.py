@@ -3,7 +3,7 @@
 import pytest
 
 from wam.config import TimelineConfig
-from wam.data.windows import count_starts, window_indices, window_table
+from wam.data.windows import count_starts, whole, window_indices, window_table
 
 TIMELINES = [
     TimelineConfig(),
@@ -35,15 +35,15 @@ def test_windows_are_what_they_are_defined_to_be(timeline: TimelineConfig) -> No
             if start + n * a <= length - 1:
                 assert not (w.frames_is_pad.any() or w.state_is_pad.any() or w.action_is_pad.any())
             assert w.frames[timeline.frames_per_block] == w.state[0] + a, "a block's last frame is seen at the next block's state"
-        for start in (-1, len(valid), length):
-            with pytest.raises(ValueError, match=f"no window starts at row {start} of an episode of {length} rows"):
+        for start in (-1, length):
+            with pytest.raises(ValueError, match=f"no window starts at row {start} of a span that ends before row {length}"):
                 window_indices(length, start, timeline)
 
 
 def test_table_lists_every_window_once_and_skips_short_episodes() -> None:
     timeline = TimelineConfig()
     lengths = [8, 9, 30, 3, 12]
-    table = window_table(lengths, timeline)
+    table = window_table(whole(lengths), timeline)
     assert table.too_short == (0, 3)
     assert [table.locate(i) for i in range(len(table))] == [(e, s) for e, length in enumerate(lengths) for s in range(max(0, length - 8))]
     for index in (-1, len(table)):
@@ -54,4 +54,4 @@ def test_table_lists_every_window_once_and_skips_short_episodes() -> None:
 @pytest.mark.parametrize(("lengths", "found"), [([8, 3], "longest of 2 episodes has 8 rows"), ([], "there are no episodes")])
 def test_no_window_at_all_is_an_error_with_the_sum(lengths: list, found: str) -> None:
     with pytest.raises(ValueError, match=rf"actions_per_block 8 \+ 1 = 9 rows, but .*{found}"):
-        window_table(lengths, TimelineConfig())
+        window_table(whole(lengths), TimelineConfig())
