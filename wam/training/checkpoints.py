@@ -265,19 +265,20 @@ class Checkpoints:
     def _make_room(self, step: int, needed: int) -> None:
         """Where space is short, delete beforehand what this save would delete afterwards; refuse where that is not enough."""
         self.output.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.output).free < needed:
-            self._prune([*states(self.output), step])
-        if shutil.disk_usage(self.output).free < needed:
+        free = shutil.disk_usage(self.output).free
+        leaving = [] if free >= needed else [state_folder(self.output, old) for old in self._leaving([*states(self.output), step])]
+        if free + sum(map(size_of, leaving)) < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(state_folder(self.output, step)))
+        for folder in leaving:
+            _delete(folder)
 
-    def _prune(self, steps: list[int]) -> None:
-        """Delete what no rule keeps, given these steps; never the newest state that is whole."""
+    def _leaving(self, steps: list[int]) -> set[int]:
+        """What no rule keeps, given these steps; never the newest state that is whole."""
         there = states(self.output)
         values: dict[int, float | None] = dict.fromkeys(steps)
         if self.metric is not None and self.keep.best:
             values |= {step: read_manifest(state_folder(self.output, step)).get("values", {}).get(self.metric) for step in there}
-        for step in set(there[:-1]) - kept(values, self.keep):
-            _delete(state_folder(self.output, step))
+        return set(there[:-1]) - kept(values, self.keep)
 
     def _finish(self, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
         files = {}
@@ -289,7 +290,8 @@ class Checkpoints:
         write_json_atomic(folder / MANIFEST, {"format": FORMAT, **versions, "step": step, **facts, "values": values, "best": self.best, "files": files})
         for path in (folder, folder.parent):
             _sync(path)
-        self._prune(states(self.output))
+        for old in self._leaving(states(self.output)):
+            _delete(state_folder(self.output, old))
 
     def _policy(self, name: str, write: Callable[[Path], None]) -> None:
         with replacing(self.output / name) as folder:

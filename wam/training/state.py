@@ -32,8 +32,8 @@ CHECKPOINT = "checkpoint"
 WRITTEN = (STATES, OLD_STATE, CHECKPOINT, BEST, "skipped", "log.jsonl", "tensorboard", "config.yaml")  # what a run leaves in its folder
 SECTIONS = ("data", "timeline", "codec", "text", "image", "model", "relations", "noise", "training")
 MAY_CHANGE = (  # what does not change which run it is: how long it runs, how it is spread over machines, what it says and keeps
-    *(f"training.{name}" for name in ("steps", "max_minutes", "log_every", "validate_every", "validation_batches", "save_every")),
-    *(f"training.{name}" for name in ("keep", "best", "guards", "finetune_from", "engine")),
+    *(f"training.{name}" for name in ("steps", "max_minutes", "log_every", "validate_every", "validation_batches", "validation_samples", "save_every")),
+    *(f"training.{name}" for name in ("keep", "best", "guards", "finetune_from", "engine", "accumulate", "compile", "bucket")),
     *("data.workers", "data.cache", "text.cache"),
 )
 
