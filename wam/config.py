@@ -143,6 +143,11 @@ class Config:
         """The datasets that are trained on: those of the mixture, or `data` alone."""
         return self.mixture or (self.data,)
 
+    def template(self, embodiment: str) -> str:
+        """The text that a robot's instructions are put into: its own, or `text.template`."""
+        own = next((e.template for e in self.model.embodiments if e.name == embodiment), None)
+        return own or self.text.template
+
     def __post_init__(self) -> None:
         for axis, size, patch in zip(("height", "width"), self.codec.image_size, self.model.patch[1:], strict=True):
             latent = size // self.codec.patch

@@ -17,6 +17,7 @@ from typing import Literal
 from wam.config_tree import require
 
 Rotation = Literal["none", "quaternion", "quaternion_wxyz", "euler", "axis_angle", "rotation_6d"]
+INSTRUCTION = ("{instruction}", "{instruction:lower}")  # where a template takes the instruction
 ROTATION_SIZE = {"quaternion": 4, "quaternion_wxyz": 4, "euler": 3, "axis_angle": 3, "rotation_6d": 6}
 
 
@@ -74,6 +75,7 @@ class EmbodimentConfig:
     relative_to: tuple[int, ...] = ()  # per action dimension: the state dimension at the block's start that it is a difference to, or -1; empty: as action_groups say (DreamZero)
     state_groups: tuple[GroupConfig, ...] = ()  # in order; empty: the whole column, as it is
     action_groups: tuple[GroupConfig, ...] = ()  # likewise
+    template: str | None = None  # the text that this robot's instructions are put into; null: text.template
 
     def __post_init__(self) -> None:
         channels = self.action_channels
@@ -90,6 +92,8 @@ class EmbodimentConfig:
         )
         for name in ("state_dim", "action_dim"):
             require(getattr(self, name) >= 1, f"model.embodiments: {name} of {self.name!r} is {getattr(self, name)}", "it must be at least 1")
+        holds = self.template is None or any(word in self.template for word in INSTRUCTION)
+        require(holds, f"model.embodiments: template of {self.name!r} is {self.template!r}", f"it must hold {' or '.join(INSTRUCTION)}")
         for what in ("state", "action"):
             self._check_groups(what)
         self._check_relative()

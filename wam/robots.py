@@ -11,7 +11,7 @@ card said, so a checkpoint needs no card.  An entry of a mixture may name a card
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +59,7 @@ class RobotCard:
     def robot(self) -> EmbodimentConfig:
         """The robot as a model's config has it."""
         sizes = {what: getattr(self, f"{what}_dim") or sum(g.network_size for g in getattr(self, f"{what}_groups")) for what in ("state", "action")}
-        return EmbodimentConfig(self.embodiment, sizes["state"], sizes["action"], state_groups=self.state_groups, action_groups=self.action_groups)
+        return EmbodimentConfig(self.embodiment, sizes["state"], sizes["action"], state_groups=self.state_groups, action_groups=self.action_groups, template=self.template)
 
     def data(self) -> Tree:
         """What it says of the section `data`, or of an entry of a mixture."""
@@ -67,9 +67,9 @@ class RobotCard:
         return {name: to_dict(getattr(self, name)) for name in same}
 
     def tree(self) -> Tree:
-        """What it says, as a partial config."""
+        """What it says, as a partial config: the template is the text's, which a config can say otherwise, and not the robot's own."""
         text = {} if self.template is None else {"text": {"template": self.template}}
-        return {"data": self.data(), "model": {"embodiments": [to_dict(self.robot)]}, **text}
+        return {"data": self.data(), "model": {"embodiments": [to_dict(replace(self.robot, template=None))]}, **text}
 
 
 # ------------------------------------------------------------------------------------------------ finding and reading
@@ -161,12 +161,13 @@ def _named(robot: Any) -> RobotCard | None:
 
 
 def _embodiments(cards: list[RobotCard], first: RobotCard | None) -> list[Tree]:
-    """Each robot once."""
+    """Each robot once; the template of the config's own card is `text.template`, the others' is theirs."""
     robots: dict[str, EmbodimentConfig] = {}
     for card in cards:
         known = robots.setdefault(card.embodiment, card.robot)
-        require(known == card.robot, f"two cards call their robot {card.embodiment!r} and differ in its groups", "give one of them another embodiment")
-    return [to_dict(robot) for robot in robots.values()]
+        require(known == card.robot, f"two cards call their robot {card.embodiment!r} and differ", "give one of them another embodiment")
+    own = None if first is None else first.embodiment
+    return [to_dict(replace(robot, template=None) if name == own else robot) for name, robot in robots.items()]
 
 
 # ------------------------------------------------------------------------------------------------ showing

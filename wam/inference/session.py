@@ -87,7 +87,7 @@ class Session:
         self._warned: set[str] = set()
         self.embodiment_B = torch.full((self.batch * self._sides,), index, device=self.model.device)
         with torch.no_grad(), self._timed("text"):
-            texts = prompts(instructions, self.config.text.template)
+            texts = prompts(instructions, self.config.template(embodiment))
             negative = [self.config.sampling.negative_prompt] * len(texts) if self.guided else []
             self.instructions = self.model.prepare(self.model.encode_text([*texts, *negative]))
         self.goal = self._encode_goal(goals)

@@ -88,7 +88,7 @@ def text_for(config: Config, data: WindowDataset) -> Text | None:
         return None
     text = make_text(config.text)
     if isinstance(text, CachedText):
-        text.precompute([*prompts(data.instructions, config.text.template), *([""] if config.training.text_dropout else [])])
+        text.precompute([*prompts(data.instructions, config.template(config.data.embodiment)), *([""] if config.training.text_dropout else [])])
         text.release()
     return text
 

@@ -6,7 +6,7 @@
 
 Padding, channels a robot does not have, tokens that are given (level 0) and what a mode does not predict are not supervised, so
 samples of different modes share a batch without rescaling one another.  A sample without video, or without states and actions,
-shows nothing in their place: clean tokens of them are seen by nobody, noisy ones are pure noise.
+shows nothing in their place: no token of them is seen by another, so what they are made with has no gradient from that sample.
 
 How much is supervised is known before the network runs, so a loss over many processes and micro-batches can be divided by the
 whole batch's count: `total / denominator`, each summed over all of them.
@@ -31,12 +31,12 @@ from wam.model.conditions import Conditions
 from wam.model.wam import TrainingMask, Window, WorldActionModel
 from wam.model.window_mask import WindowMask, window_mask
 from wam.relations import Mode, Reach, block_mask
-from wam.text.text import prompts
+from wam.text.text import prompt
 from wam.timeline import VIDEO_KINDS, Kind, Layout
 from wam.training.draws import Draws
 from wam.training.noise import LevelDraw, draw_levels, draw_modes, level_weights
 
-CLEAN_VIDEO, CLEAN_ACTIONS = (Kind.G, Kind.H, Kind.VC), (Kind.S, Kind.AC)  # what a sample without video, or without actions, does not show
+OF_VIDEO, OF_ACTIONS = (Kind.G, Kind.H, Kind.VC, Kind.V), (Kind.S, Kind.AC, Kind.A)  # what a sample without video, or without actions, does not show
 Errors = tuple[Tensor, Tensor, Tensor, Tensor]  # video's and actions' per sample (B,), then per frame and per action (B, .)
 
 
@@ -132,7 +132,7 @@ class Drawn:
         modes: of each sample, an index into the config's.
         among: the modes whose tokens are laid out; at least those of `modes`.
         levels: noise levels.
-        hidden: per sample, the clean kinds that nobody sees.
+        hidden: per sample, the kinds that nobody sees.
         dropped: samples whose instruction is dropped.
         video_seen_BF, action_seen_BTA: what is supervised (of actions, per channel).
         draws: goes on to the noise.
@@ -203,12 +203,10 @@ class Objective:
         video, action = has(batch, "has_video"), has(batch, "has_action")
         chosen = [names.index(mode)] * size if mode else draw_modes(t.modes, size, draws, self._fitting(video, action))
         modes = [self.modes[i] for i in chosen]
-        levels = _absent_is_noise(draw_levels(self.config.noise, self.config.timeline, modes, draws, t.predict_first_frame), video, action, self.config.timeline.lead)
+        levels = draw_levels(self.config.noise, self.config.timeline, modes, draws, t.predict_first_frame)
         stateless, goal, textless = (draws.uniform(1)[:, 0] for _ in range(3))
         hidden = [
-            frozenset(
-                [*((Kind.S,) if s else ()), *(() if g else (Kind.G,)), *(() if v else CLEAN_VIDEO), *(() if a else CLEAN_ACTIONS)]
-            )
+            frozenset([*((Kind.S,) if s else ()), *(() if g else (Kind.G,)), *(() if v else OF_VIDEO), *(() if a else OF_ACTIONS)])
             for s, g, v, a in zip((stateless < t.state_dropout).tolist(), (goal < t.goal_image).tolist(), video.tolist(), action.tolist(), strict=True)
         ]
         video_seen = self._video_seen(batch, levels) & _predicts(modes, Kind.V) & video.unsqueeze(1)
@@ -217,11 +215,18 @@ class Objective:
         return Drawn(chosen, self.all_modes, levels, hidden, (textless < t.text_dropout).tolist(), video_seen, action_seen.unsqueeze(2) & channels, draws)
 
     def _fitting(self, video_B: Tensor, action_B: Tensor) -> Tensor | None:
-        """(B, modes): those that predict something a sample has; None where all have everything."""
+        """(B, modes): those that predict what a sample has and look at nothing that it lacks; where there are none, those that predict it.  None where all have everything."""
         if bool(video_B.all()) and bool(action_B.all()):
             return None
         predicts = [torch.tensor([kind in m.predicts for m in self.modes]) for kind in (Kind.V, Kind.A)]
-        return (video_B.unsqueeze(1) & predicts[0]) | (action_B.unsqueeze(1) & predicts[1])
+        looks = ((Kind.V, (Kind.A, Kind.AC)), (Kind.A, (Kind.V, Kind.VC)))
+        lacks_nothing = [torch.tensor([not any(m.sees(kind, other) for other in others) for m in self.modes]) for kind, others in looks]
+        weighed = torch.tensor([weight > 0 for weight in self.config.training.modes.values()])
+        out = (video_B.unsqueeze(1) & predicts[0]) | (action_B.unsqueeze(1) & predicts[1])
+        for only_B, own, alone in ((video_B & ~action_B, predicts[0], lacks_nothing[0]), (action_B & ~video_B, predicts[1], lacks_nothing[1])):
+            if bool((own & alone & weighed).any()):
+                out = torch.where(only_B.unsqueeze(1), own & alone, out)
+        return out
 
     def losses(self, batch: dict[str, Any], drawn: Drawn) -> Losses:
         """Losses of a collated batch with what was drawn for it."""
@@ -323,10 +328,11 @@ class Objective:
     def conditions_of(self, batch: dict[str, Any], state_BNS: Tensor, embodiment_B: Tensor, dropped: list[bool] | None = None) -> Conditions:
         """Instructions, some of them `dropped`, and where the model takes them the window's first state, its first frame and that frame's image embeddings."""
         m, device = self.config.model, self.model.device
-        texts = prompts(batch["instruction"], self.config.text.template)
+        robots = batch.get("embodiment") or [self.config.data.embodiment] * len(batch["instruction"])
+        texts = [prompt(text, self.config.template(robot)) for text, robot in zip(batch["instruction"], robots, strict=True)]
         conditions = self.model.encode_text(["" if gone else text for text, gone in zip(texts, dropped or [False] * len(texts), strict=True)])
         if m.state == "context":
-            conditions = self.model.with_state(conditions, state_BNS[:, 0], embodiment_B)
+            conditions = self.model.with_state(conditions, state_BNS[:, 0], embodiment_B, has(batch, "has_action").to(device))
         real = has(batch, "has_video").to(device).float()
         if self.image is not None:
             conditions = self.model.with_image(conditions, self.image(_frames(batch)[:, 0].to(device)).to(device) * real[:, None, None])
@@ -394,16 +400,6 @@ def _frames(batch: dict[str, Any]) -> Tensor:
     if batch.get("frames") is None:
         raise ValueError("the batch has latents and no frames, but this config looks at pixels (image encoder, model.first_frame concat, or a goal image); make the cache with frames kept, or train without it")
     return batch["frames"]
-
-
-def _absent_is_noise(levels: LevelDraw, video_B: Tensor, action_B: Tensor, lead: int) -> LevelDraw:
-    """Pure noise in place of video or actions that a sample does not have."""
-    if bool(video_B.all()) and bool(action_B.all()):
-        return levels
-    no_video, no_action = ~video_B.unsqueeze(1), ~action_B.unsqueeze(1)
-    action = levels.action_BT.masked_fill(no_action & (torch.arange(levels.action_BT.shape[1]) >= lead), 1.0)
-    first = None if levels.first_B1 is None else levels.first_B1.masked_fill(no_video, 1.0)
-    return replace(levels, video_BF=levels.video_BF.masked_fill(no_video, 1.0), action_BT=action, first_B1=first)
 
 
 def _predicts(modes: Iterable[Mode], kind: Kind) -> Tensor:
