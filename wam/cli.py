@@ -232,26 +232,33 @@ def _robots(args: argparse.Namespace) -> None:
 
 
 TRAIN = """\
-Train one model on every mode of the config. If the output directory holds a checkpoint, training goes on from
-it, to the bit; --fresh starts over.
+Train one model on every mode of the config. If the output directory holds a training state, training goes on from
+it, to the bit; --fresh starts over and moves what was there to previous/. Ctrl-C (or SIGTERM) finishes the step, saves
+and stops; once more stops at once.
 
 examples:
   wam train                                          the config's steps, into its output directory
   wam train --config configs/metaworld_tiny.yaml training.steps=200 --output runs/try
   wam train training.max_minutes=15 training.learning_rate=5e-4
   wam train 'training.modes={skip: 1}' --output runs/skip_only --fresh
+  wam train training.finetune_from=runs/demo/train/checkpoint --output runs/tuned    a new run from a policy's weights
 
 writes (in output, or --output):
   config.yaml                the resolved settings
   checkpoint/                weights, codec, normaliser and settings: all that `wam rollout` needs
-  and the training state and log of the run
+  best/                      the same, of the best validation
+  state/                     what the run goes on from
+  skipped/                   batches that were left out, where there were any
+  and the log of the run
 """
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     _add_output(parser, "run directory (the config's output)")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from a checkpoint in the run directory")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--fresh", action="store_true", help="start over instead of going on from a state in the run directory, which is moved aside")
+    how.add_argument("--resume", action="store_true", help="refuse to start a run: there must be a state to go on from (going on is the default where there is one)")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -259,6 +266,10 @@ def _train(args: argparse.Namespace) -> None:
 
     from wam.training.loop import train
 
+    if args.resume:
+        from wam.training.state import require_state
+
+        require_state(Path(config.output), config)
     checkpoint = train(config, Path(config.output), not args.fresh)
     print(f"wrote {checkpoint}")
 
@@ -270,6 +281,7 @@ examples:
   wam rollout --checkpoint runs/demo/train/checkpoint
   wam rollout --checkpoint runs/demo/train/checkpoint --env metaworld/drawer-open-v3 --mode joint --episodes 50
   wam rollout --checkpoint runs/demo/train/checkpoint --mode skip,joint --replan 4 --steps 8 rollout.videos=10
+  wam rollout --checkpoint runs/metaworld_mt10/checkpoint --env metaworld/mt10 --mode skip      ten tasks, one table (also mt50)
 
 writes (beside the checkpoint in rollout-<task>/, or --output):
   success with counts and intervals, one row an episode, latencies, and mp4 of the first episodes
@@ -303,8 +315,12 @@ def _rollout(args: argparse.Namespace) -> None:
     output = args.output or _beside(args.checkpoint, f"rollout-{config.env.rsplit('/', 1)[-1]}")
 
     from wam.evaluation.rollout import rollout
+    from wam.evaluation.suite import SUITES, rollout_suite, table
 
-    rollout(args.checkpoint, config, output)
+    if config.env in SUITES:
+        print(table(rollout_suite(args.checkpoint, config, output)))
+    else:
+        rollout(args.checkpoint, config, output)
     print(f"wrote {output}")
 
 
