@@ -25,6 +25,7 @@ from wam.config import RolloutConfig, SamplingConfig
 from wam.data.normalize import Normalizer
 from wam.evaluation import baselines
 from wam.evaluation import rollout as rollout_module
+from wam.evaluation import suite
 from wam.evaluation.environments import Observation, StepResult
 from wam.evaluation.episodes import Driver, Gate, Memory, Stream, Watcher
 from wam.evaluation.rollout import Film, check_environment, check_settings, rollout
@@ -264,6 +265,19 @@ def test_rollout_writes_what_a_reader_needs(checkpoint: Path, fake: type[FakeVec
         assert len(frames) == 10 // 2 + 20, "the frames that came, and the last one held for a second"
         assert frames[0].shape[1] == 2 * 4 * SIDE + 4, "real and imagined, side by side"
         assert (tmp_path / "videos" / f"{mode}_20000.png").is_file() and not (tmp_path / "videos" / f"{mode}_20001.mp4").exists()
+
+
+def test_a_suite_is_its_tasks_and_a_table(checkpoint: Path, fake: type[FakeVector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(suite.tasks_of("metaworld/mt10")) == 10 and suite.tasks_of("fake/one") == ("fake/one",)
+    monkeypatch.setattr(suite, "tasks_of", lambda env: ("fake/one", "fake/two"))
+    results = suite.rollout_suite(checkpoint, settings(env="metaworld/mt10"), tmp_path)
+    mode = results["modes"]["skip"]
+    assert {env: (row["successes"], row["episodes"]) for env, row in mode["tasks"].items()} == {"fake/one": (3, 5), "fake/two": (3, 5)}
+    assert mode["mean"] == pytest.approx(0.6) and 0 < mode["mean_low"] < 0.6 < mode["mean_high"] < 1
+    assert json.loads((tmp_path / "suite.json").read_text()) == results and json.loads((tmp_path / "two" / "rollout.json").read_text())["env"] == "fake/two"
+    assert "| one | 3/5 (23-88 %) |" in (tmp_path / "suite.md").read_text()
+    made = fake.made
+    assert suite.rollout_suite(checkpoint, settings(env="metaworld/mt10"), tmp_path) == results and fake.made == made, "what is finished is not driven again"
 
 
 def test_filming_changes_nothing(policy: Policy) -> None:

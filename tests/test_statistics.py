@@ -1,8 +1,9 @@
 """Intervals and tests against numbers worked out elsewhere (published tables, R)."""
 
+import numpy as np
 import pytest
 
-from wam.evaluation.statistics import episodes_needed, mcnemar, percentile, wilson
+from wam.evaluation.statistics import episodes_needed, hierarchical_interval, mcnemar, percentile, wilson
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,22 @@ def test_percentile() -> None:
     assert percentile([0, 10], 95) == pytest.approx(9.5)
 
 
+def test_a_mean_over_tasks_is_as_sure_as_its_tasks_are_alike() -> None:
+    alike = hierarchical_interval([[True] * 10 + [False] * 10] * 10)
+    unlike = hierarchical_interval([[True] * 20] * 5 + [[False] * 20] * 5)
+    assert unlike == pytest.approx((0.2, 0.8), abs=0.01), "five tasks of ten: a coin thrown ten times (binomial quantiles)"
+    assert alike[1] - alike[0] < 0.3 * (unlike[1] - unlike[0])
+    tasks = [[i < wins for i in range(20)] for wins in (20, 12, 3)]
+    rng, means = np.random.default_rng(1), []
+    for _ in range(4000):  # episodes drawn one by one
+        chosen = [tasks[i] for i in rng.integers(3, size=3)]
+        means.append(np.mean([np.mean(rng.choice(task, size=20)) for task in chosen]))
+    assert hierarchical_interval(tasks) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.02)
+
+
 def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 tasks with \[1, 0\] episodes"):
+        hierarchical_interval([[True], []])
     with pytest.raises(ValueError, match="3 successes in 2 episodes"):
         wilson(3, 2)
     with pytest.raises(ValueError, match="0 episodes"):

@@ -78,3 +78,22 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def hierarchical_interval(outcomes: Sequence[Sequence[bool]], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean success rate over tasks, in 0..1: tasks are resampled, and episodes within each (Davison and Hinkley 1997, section 3.8).
+
+    Args:
+        outcomes: of each task, whether its episodes succeeded.
+
+    Raises:
+        ValueError: no tasks, or a task without episodes.
+    """
+    if not outcomes or not all(len(task) for task in outcomes):
+        raise ValueError(f"{len(outcomes)} tasks with {[len(task) for task in outcomes]} episodes; expected at least one task, and at least one episode of each")
+    rng = np.random.default_rng(seed)
+    rates = np.array([np.mean(np.asarray(task, np.float64)) for task in outcomes])
+    counts = np.array([len(task) for task in outcomes])
+    chosen = rng.integers(len(outcomes), size=(draws, len(outcomes)))
+    means = (rng.binomial(counts[chosen], rates[chosen]) / counts[chosen]).mean(axis=1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
