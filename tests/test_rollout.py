@@ -23,9 +23,8 @@ from tiny import tiny_config, tiny_model
 from wam.codec.linear import LinearCodec
 from wam.config import RolloutConfig, SamplingConfig
 from wam.data.normalize import Normalizer
-from wam.evaluation import baselines
+from wam.evaluation import baselines, suite
 from wam.evaluation import rollout as rollout_module
-from wam.evaluation import suite
 from wam.evaluation.environments import Observation, StepResult
 from wam.evaluation.episodes import Driver, Gate, Memory, Stream, Watcher
 from wam.evaluation.rollout import Film, check_environment, check_settings, rollout
