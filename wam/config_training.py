@@ -109,12 +109,54 @@ class GuardsConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    """How a run is spread over processes (see `wam.training.engine`); nothing here changes what is learned."""
+
+    kind: Literal["auto", "single", "ddp", "deepspeed", "fsdp2"] = "auto"  # auto: what the launcher was configured for; else deepspeed where a file is named, ddp for several processes, single for one
+    deepspeed: str | None = None  # a DeepSpeed JSON, e.g. configs/deepspeed/zero2.json
+    offload: bool = False  # fsdp2: weights and optimiser state wait in the host's memory
+    timeout_minutes: float = 30.0  # how long a process waits for the others
+
+    def __post_init__(self) -> None:
+        require(0 < self.timeout_minutes < math.inf, f"training.engine.timeout_minutes is {self.timeout_minutes}", "it must be positive and finite")
+        require(self.deepspeed is None or self.kind in ("auto", "deepspeed"), f"training.engine.deepspeed is {self.deepspeed!r}, but training.engine.kind is {self.kind!r}", "set kind=deepspeed, or deepspeed=null")
+        require(not self.offload or self.kind in ("auto", "fsdp2"), f"training.engine.offload is true, but training.engine.kind is {self.kind!r}", "it belongs to fsdp2; with DeepSpeed, name a JSON that offloads (configs/deepspeed/zero2_offload.json)")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """How one part of the model is trained (see `wam.training.groups`)."""
+
+    rate: float = 1.0  # times training.learning_rate
+    weight_decay: float | None = None  # default: training.weight_decay
+    warmup_steps: int | None = None  # default: training.warmup_steps
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        require(0 < self.rate < math.inf, f"training.groups: rate is {self.rate}", "it must be positive and finite; freeze=true leaves a part as it is")
+        require(self.weight_decay is None or 0 <= self.weight_decay < math.inf, f"training.groups: weight_decay is {self.weight_decay}", "it must be at least 0 and finite, or null for training.weight_decay")
+        require(self.warmup_steps is None or self.warmup_steps >= 1, f"training.groups: warmup_steps is {self.warmup_steps}", "it must be at least 1, or null for training.warmup_steps")
+
+
+@dataclass(frozen=True)
+class GroupsConfig:
+    """The parts of a model that may be trained apart."""
+
+    backbone: GroupConfig = GroupConfig()  # the video transformer's own weights
+    adapters: GroupConfig = GroupConfig()  # LoRA on it
+    expert: GroupConfig = GroupConfig()  # blocks of states and actions, where they have their own
+    new: GroupConfig = GroupConfig()  # encoders and decoders of states and actions, their time embedding, a goal's mark
+    text: GroupConfig = GroupConfig()  # the embedded text encoder
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """The loop."""
 
     steps: int = 2000
     max_minutes: float | None = None  # end early, with the learning rate annealed to zero, when the time is up
-    batch_size: int = 16
+    batch_size: int = 16  # samples of a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches of a step, one after the other: the same step in less memory
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -131,6 +173,10 @@ class TrainingConfig:
     reduction: Literal["supervised", "sample", "all"] = "supervised"  # errors over what is supervised in the batch; per sample first (Fast-WAM); over everything, padding included (DreamZero)
     modes: dict[str, float] = field(default_factory=lambda: {"skip": 0.3, "joint": 0.2, "joint_mutual": 0.1, "imagine": 0.2, "forward": 0.2})
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False  # the repeated blocks, with torch.compile
+    bucket: bool = False  # lay out only what the modes of a micro-batch need, not what those of the config do: fewer tokens, several shapes
+    groups: GroupsConfig = GroupsConfig()
+    engine: EngineConfig = EngineConfig()
     log_every: int = 20
     validate_every: int = 500
     validation_batches: int = 4  # of held-out windows whose losses are measured
@@ -138,14 +184,14 @@ class TrainingConfig:
     wandb: str | None = None  # a Weights & Biases project that records go to as well
     save_every: int = 500
     keep: KeepConfig = KeepConfig()
-    best: str | None = "val/action_mse/skip"  # the validation figure whose best value names the best step; its policy is kept in best/
+    best: str | None = "auto"  # the validation figure whose best value names the best step, whose policy is kept in best/; auto: the action error of the acting mode that is trained most, else val/loss; null: none
     best_is: Literal["lowest", "highest"] = "lowest"  # which value of `best` is the best
     guards: GuardsConfig = GuardsConfig()
     finetune_from: str | None = None  # a policy's folder whose weights a new run starts from; a run that has a state of its own goes on from that
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "warmup_steps", "log_every", "validate_every", "save_every", "validation_batches", "validation_samples"):
+        for name in ("steps", "batch_size", "accumulate", "warmup_steps", "log_every", "validate_every", "save_every", "validation_batches", "validation_samples"):
             require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}", "it must be at least 1")
         for name in ("learning_rate", "grad_clip"):
             require(0 < getattr(self, name) < math.inf, f"training.{name} is {getattr(self, name)}", "it must be positive and finite")

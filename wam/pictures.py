@@ -7,6 +7,7 @@ video and for the baseline that copies the first frame, so no method chooses whe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,23 @@ def strip(rows: list[np.ndarray], columns: int = 8, factor: int = 3) -> np.ndarr
         line = beside([enlarge(video[i : i + 1], factor) for i in chosen])[0]
         lines += [line, np.full((4, line.shape[1], 3), 255, np.uint8)]
     return np.concatenate(lines[:-1])
+
+
+def film(clips: Sequence[Sequence[tuple[str, np.ndarray]]], columns: int = 9, height: int = 96) -> np.ndarray:
+    """One image (H, W, 3) of several clips, each a few named rows of frames (F, H, W, 3) of the same times: the name to the left, `columns` frames evenly spread."""
+    from PIL import Image, ImageDraw
+
+    blocks = []
+    for clip in clips:
+        for name, video in clip:
+            factor = max(1, height // video.shape[1])
+            chosen = np.unique(np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int))
+            line = beside([enlarge(video[i : i + 1], factor) for i in chosen])[0]
+            label = Image.new("RGB", (84, line.shape[0]), "white")
+            ImageDraw.Draw(label).text((6, line.shape[0] // 2 - 6), name, fill="#24292f")
+            blocks += [np.concatenate([np.asarray(label), line], axis=1), np.full((3, 84 + line.shape[1], 3), 255, np.uint8)]
+        blocks.append(np.full((9, blocks[-1].shape[1], 3), 255, np.uint8))
+    return np.concatenate(blocks[:-1])
 
 
 def write_png(image: np.ndarray, path: Path) -> None:

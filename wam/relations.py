@@ -420,6 +420,20 @@ def trained_modes(config: Config) -> tuple[str, ...]:
     return tuple(name for name, weight in config.training.modes.items() if weight > 0)
 
 
+def acting_modes(config: Config) -> tuple[str, ...]:
+    """The trained modes that give actions from what was observed, the one that is trained most first."""
+    relations, weights = Relations.of(config), config.training.modes
+    acting = [name for name in trained_modes(config) if name != "inverse" and (name == "imagine" or _A in relations.mode(name).denoised)]
+    return tuple(sorted(acting, key=lambda name: -weights[name]))
+
+
+def best_figure(config: Config) -> str | None:
+    """The validation figure that names the best step: `training.best`; with `auto` the action error of the first acting mode, or where none acts the loss."""
+    if config.training.best != "auto":
+        return config.training.best
+    return next((f"val/action_mse/{name}" for name in acting_modes(config)), "val/loss")
+
+
 def untrained_mode_warning(config: Config, name: str) -> str | None:
     """What to say when a mode is asked for that training never showed the network, or None.
 

@@ -201,9 +201,10 @@ class Checkpoints:
     """Writes a run's states and policies, and remembers which step was the best.
 
     Attributes:
-        metric: the validation figure that decides (lower is better); None: no best is kept.
+        metric: the validation figure that decides; None: no best is kept.
         best: {"metric", "step", "value"} of the best step so far.
         values: what the last validation gave, and at which step.
+        highest: whether a higher figure is better, not a lower one.
     """
 
     output: Path
@@ -213,6 +214,11 @@ class Checkpoints:
     best: dict[str, Any] | None = None
     values: tuple[int, dict[str, float]] = (-1, {})
     warned: set[str] = field(default_factory=set)
+    highest: bool = False
+
+    def _rank(self, value: float | None) -> float | None:
+        """A figure as a number of which less is better."""
+        return -value if self.highest and value is not None else value
 
     def validated(self, step: int, values: Mapping[str, float], policy: Callable[[Path], None]) -> bool:
         """Take note of a validation; where it is the best so far, `policy(folder)` writes best/.  The same answer on every process."""
@@ -220,10 +226,11 @@ class Checkpoints:
         self.values = (step, finite)
         if self.metric is None or not values:
             return False
-        value = finite.get(self.metric)
-        if value is None:
+        value, rank = finite.get(self.metric), self._rank(finite.get(self.metric))
+        if rank is None:
             self._warn_absent(values)
-        better = value is not None and (self.best is None or value < self.best["value"])
+        best = self._rank(self.best["value"]) if self.best else None
+        better = rank is not None and (best is None or rank < best)
         if self._any(self.together.is_main and better):  # one process decides: figures may differ in their last bit
             self.best = {"metric": self.metric, "step": step, "value": value}
             self._guarded(step, size_of(self.output / BEST), lambda: self._policy(BEST, policy))
@@ -277,7 +284,7 @@ class Checkpoints:
         there = states(self.output)
         values: dict[int, float | None] = dict.fromkeys(steps)
         if self.metric is not None and self.keep.best:
-            values |= {step: read_manifest(state_folder(self.output, step)).get("values", {}).get(self.metric) for step in there}
+            values |= {step: self._rank(read_manifest(state_folder(self.output, step)).get("values", {}).get(self.metric)) for step in there}
         return set(there[:-1]) - kept(values, self.keep)
 
     def _finish(self, folder: Path, step: int, facts: Mapping[str, Any]) -> None:

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from wam.config import Config, to_dict
 from wam.model.lora import trainable
+from wam.relations import best_figure
 from wam.shards import ShardReader
 from wam.training.checkpoints import BEST, STATES, Parts, Together, read_manifest, read_part, recover, state_folder, states, verify
+from wam.training.ema import Ema
 
 log = logging.getLogger(__name__)
 OLD_STATE = "training_state.safetensors"  # of earlier versions: one file, with a hash in place of a config that could be compared
@@ -33,7 +35,7 @@ WRITTEN = (STATES, OLD_STATE, CHECKPOINT, BEST, "skipped", "log.jsonl", "tensorb
 SECTIONS = ("data", "timeline", "codec", "text", "image", "model", "relations", "noise", "training")
 MAY_CHANGE = (  # what does not change which run it is: how long it runs, how it is spread over machines, what it says and keeps
     *(f"training.{name}" for name in ("steps", "max_minutes", "log_every", "validate_every", "validation_batches", "validation_samples", "save_every")),
-    *(f"training.{name}" for name in ("keep", "best", "guards", "finetune_from", "engine", "accumulate", "compile", "bucket")),
+    *(f"training.{name}" for name in ("keep", "best", "best_is", "wandb", "guards", "finetune_from", "engine", "accumulate", "compile", "bucket")),
     *("data.workers", "data.cache", "text.cache"),
 )
 
@@ -48,36 +50,6 @@ class Trained(Together, Protocol):
     def trained_tensors(self) -> Mapping[str, Tensor]: ...
     def optimizer_state(self) -> Mapping[str, Tensor]: ...
     def load(self, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None: ...
-
-
-class Ema:
-    """Exponential moving average of a model's trainable parameters, with a warm-up so that early weights are forgotten.
-
-    With a decay of 0 it is the parameters themselves, and takes no memory.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.shadow = {name: p.detach().clone() if decay else p.detach() for name, p in trainable(model).items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the model's parameters after optimiser step number `step` (from 1)."""
-        if not self.decay:
-            return
-        decay = min(self.decay, step / (step + 10))
-        names, values = zip(*trainable(model).items(), strict=True)
-        torch._foreach_lerp_([self.shadow[n] for n in names], list(values), 1 - decay)
-
-    def state(self) -> Mapping[str, Tensor]:
-        """Averages by name, whole; nothing where there is no averaging."""
-        return self.shadow if self.decay else {}
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
-        for name, value in self.shadow.items() if self.decay else ():
-            value.copy_(tensors[name])
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -162,7 +134,7 @@ def load_state(output: Path, config: Config, engine: Trained, ema: Ema, windows:
         with read_part(folder, "random") as rows:
             _set_generators(Stored(rows), engine.rank)
     best = manifest["best"]
-    return Position(step, float(manifest["elapsed_seconds"]), manifest["guards"], best if best and best["metric"] == config.training.best else None)
+    return Position(step, float(manifest["elapsed_seconds"]), manifest["guards"], best if best and best["metric"] == best_figure(config) else None)
 
 
 class Stored(Mapping[str, Tensor]):

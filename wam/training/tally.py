@@ -36,8 +36,8 @@ class Tally:
         self.norm = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
-    def add(self, losses: Losses, norm: Tensor | None = None) -> None:
-        """Take in a step's errors, and its gradient's norm; waits for nothing."""
+    def add(self, losses: Losses) -> None:
+        """Take in a batch's errors; waits for nothing."""
         rows = torch.tensor([self.modes.index(m) for m in losses.modes]).to(self.device, non_blocking=True)
         for index, part in enumerate((losses.video_part, losses.action_part)):
             pair = torch.stack([part.sum_B, part.count_B], dim=1).detach().double()
@@ -46,10 +46,13 @@ class Tally:
             if part.error_BU is not None and part.weight_BU is not None and part.sigma_BU is not None:
                 bins = (part.sigma_BU * BINS).long().clamp(0, BINS - 1).flatten()
                 self.by_level[index].index_add_(0, bins, torch.stack([part.error_BU.flatten(), part.weight_BU.flatten()], dim=1).double())
-        if norm is not None:
-            norm = norm.detach().double().to(self.device)
-            finite = norm.isfinite()  # that of a step that was left out is not a norm
-            self.norm += torch.stack([torch.where(finite, norm, 0.0), finite.double()])
+
+    @torch.no_grad()
+    def add_norm(self, norm: Tensor | float) -> None:
+        """Take in the norm of a step's gradient."""
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=self.device)
+        finite = norm.isfinite()  # that of a step that was left out is not a norm
+        self.norm += torch.stack([torch.where(finite, norm, 0.0), finite.double()])
 
     def take(self, engine: Engine) -> dict[str, float]:
         """Means over all processes since the last call, by name; then everything is forgotten.  All processes call it together.
