@@ -221,7 +221,6 @@ def test_damaged_datasets(name: str, damage: Callable[[Path], None], message: st
             "'observation.state' has 4 dimensions, but model.embodiments gives 'metaworld' state_dim 7; set state_dim to 4",
         ),
         ("model.embodiments=[{name: metaworld, action_dim: 2}]", "'action' has 4 dimensions, but model.embodiments gives 'metaworld' action_dim 2"),
-        ("model.embodiments=[{name: metaworld}, {name: arm, state_dim: 7}]", "state_dim 4 for 'metaworld' and 7 for another"),
     ],
 )
 def test_sizes_of_another_robot(override: str, message: str, refused: Refused) -> None:

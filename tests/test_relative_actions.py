@@ -7,7 +7,9 @@ import pytest
 import torch
 from tiny import TASKS, tiny_config, tiny_episode, tiny_policy
 
-from wam.config import EmbodimentConfig
+from wam.config import EmbodimentConfig, GroupConfig
+from wam.data.rotations import from_matrix, to_matrix
+from wam.data.units import Units
 from wam.inference.session import Session
 from wam.pretrained import Policy
 from wam.timeline import Kind
@@ -44,3 +46,53 @@ def test_relative_actions_need_a_state(policies: list[Policy]) -> None:
     session.observe(tiny_episode(policies[1].config, 1, 1).at(0)[0], None)
     with pytest.raises(ValueError, match="relative to the state at the block's start, which was not observed"):
         session.plan("skip")
+
+
+# ------------------------------------------------------------------------------------------------ a hand's pose, in groups
+
+
+def hand_robot(*, groups: bool) -> EmbodimentConfig:
+    """Position, rotation and gripper; or, without groups, the network's numbers of the same robot."""
+    if not groups:
+        return EmbodimentConfig("metaworld", 10, 10)
+    place = GroupConfig("place", 3)
+    turn = GroupConfig("turn", 4, rotation="quaternion", network_rotation="rotation_6d")
+    grip = GroupConfig("grip", 1, gripper=True)
+    moved = (
+        dataclasses.replace(place, relative_to="place"),
+        dataclasses.replace(turn, size=3, rotation="euler", relative_to="turn"),
+        grip,
+    )
+    return EmbodimentConfig("metaworld", 10, 10, state_groups=(place, turn, grip), action_groups=moved)
+
+
+def test_a_hand_moves_from_where_it_is_and_remembers_it() -> None:
+    """The same weights, once around the network's numbers and once around raw poses."""
+    tiny = tiny_config()
+    plain, posed = (dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, embodiments=(hand_robot(groups=g),))) for g in (False, True))
+    policies = [tiny_policy(config) for config in (plain, posed)]
+    sessions = [Session(policy, TASKS[:1], "metaworld", [1]) for policy in policies]
+    frames, rng = tiny_episode(plain, 1, 1).at(0)[0], np.random.default_rng(3)
+    turned = to_matrix(rng.normal(size=4), "quaternion")
+    place, grip = rng.normal(size=3), rng.normal(size=1)
+    sessions[0].observe(frames, np.concatenate([place, turned[:2].ravel(), grip])[None].astype(np.float32))
+    sessions[1].observe(frames, np.concatenate([place, -2 * from_matrix(turned, "quaternion"), grip])[None].astype(np.float32))
+    seen, sent = (session.plan("skip").actions[0] for session in sessions)
+    assert seen.shape == (8, 10) and sent.shape == (8, 7)
+    np.testing.assert_allclose(sent[:, :3], seen[:, :3] + place, atol=1e-5)
+    for row, command in zip(seen, sent, strict=True):  # by hand: two rows made a rotation, which then turns the hand's own
+        first = row[3:6] / np.linalg.norm(row[3:6])
+        second = row[6:9] - first * (first @ row[6:9])
+        second /= np.linalg.norm(second)
+        turn = turned @ np.stack([first, second, np.cross(first, second)])
+        np.testing.assert_allclose(to_matrix(command[3:6], "euler"), turn, atol=1e-5)
+    np.testing.assert_allclose(sent[:, 6], seen[:, 9], atol=1e-6)
+    sessions[1].commit(sent[None])
+    sessions[0].commit(Units.of(hand_robot(groups=True), posed.data).encode_actions(sent[None], sessions[1].origin))
+    written = [session.cache.keys[0][session.cache.kinds_BS == int(Kind.AC)] for session in sessions]
+    torch.testing.assert_close(written[1], written[0], rtol=0, atol=0)
+    for session in sessions:
+        session.imagine(torch.zeros(1, *policies[0].codec.encode(torch.from_numpy(frames)).shape[1:]))
+    assert sessions[0].plan("skip").actions is not None, "absolute actions need no state"
+    with pytest.raises(ValueError, match="which was not observed"):
+        sessions[1].plan("skip")

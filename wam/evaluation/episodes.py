@@ -107,7 +107,7 @@ class Memory:
         self._block, self._stride = timeline.actions_per_block, timeline.stride
         self._reach = (timeline.blocks - 1) * timeline.actions_per_block  # control steps that can lie before the planned block
         self._frames, self._states = first.frames, first.states[:, None]
-        self._executed = np.zeros((session.batch, 0, session.dims.action_dim), np.float32)
+        self._executed = np.zeros((session.batch, 0, session.dims.raw_action_dim), np.float32)
         self._recall()
 
     def select(self, rows: Sequence[int]) -> None:

@@ -42,6 +42,7 @@ class Clip:
         frames: (1 + 4k blocks, H, W, 3) uint8.
         state: (state_dim,) at the first frame.
         executed: (blocks * A, action_dim), physical units.
+        states: (blocks * A, state_dim): before each of these actions, where they are relative to a state.
     """
 
     episode: int
@@ -50,6 +51,7 @@ class Clip:
     state: np.ndarray
     executed: np.ndarray
     instruction: str
+    states: np.ndarray | None = None
 
 
 def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str | None = None) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None =
     """
     t = config.timeline
     data = dataclasses.replace(config.data, root=dataset or config.data.root)
-    source = WindowDataset(data, t, "validation", image_size=config.codec.image_size)
+    source = WindowDataset(data, t, "validation", image_size=config.codec.image_size, robot=config.model.embodiment(data.embodiment))
     episodes = {i: source.episode(i) for i in source.episodes}
     lengths = sorted(len(view.state) for view in episodes.values())
     blocks = min(imagine.blocks, (lengths[len(lengths) // 2] - 1) // t.actions_per_block)
@@ -103,7 +105,8 @@ def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None =
 
 
 def _clip(episode: int, start: int, view: EpisodeView, steps: int, stride: int) -> Clip:
-    return Clip(episode, start, view.frames[start : start + steps + 1 : stride], view.state[start], view.executed[start : start + steps], view.instruction)
+    acted = slice(start, start + steps)
+    return Clip(episode, start, view.frames[start : start + steps + 1 : stride], view.state[start], view.executed[acted], view.instruction, view.state[acted])
 
 
 def rollout(policy: Policy, clips: Sequence[Clip], mode: str, config: ImagineConfig) -> list[np.ndarray]:
@@ -118,7 +121,9 @@ def rollout(policy: Policy, clips: Sequence[Clip], mode: str, config: ImagineCon
         acted = given if plan.actions is None else plan.actions
         assert plan.imagined is not None
         session.commit(acted)
-        session.imagine(plan.imagined)
+        after = (block + 1) * steps
+        known = [c.states[after] for c in clips if c.states is not None and after < len(c.states)]
+        session.imagine(plan.imagined, np.stack(known) if len(known) == len(clips) else None)
         latents.append(plan.imagined)
     frames = policy.codec.decode(torch.cat(latents, dim=2)).cpu().numpy()
     return [np.concatenate([c.frames[:1], f[1:]]) for c, f in zip(clips, frames, strict=True)]

@@ -183,7 +183,7 @@ def check_environment(policy: Policy, env: VectorEnv) -> None:
     """
     embodiment = policy.config.data.embodiment
     dims = next(e for e in policy.config.model.embodiments if e.name == embodiment)
-    for what, theirs, ours in (("state", env.state_dim, dims.state_dim), ("action", env.action_dim, dims.action_dim)):
+    for what, theirs, ours in (("state", env.state_dim, dims.raw_state_dim), ("action", env.action_dim, dims.raw_action_dim)):
         if theirs != ours:
             raise ValueError(f"{env.name} has {theirs} {what} dimensions, but the checkpoint's embodiment {embodiment!r} has {ours}; use an environment of that robot")
     size = tuple(policy.config.codec.image_size)

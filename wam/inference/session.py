@@ -195,13 +195,17 @@ class Session:
                 self._write_actions()
         self.committed = True
 
-    def imagine(self, latents: Tensor) -> None:
+    def imagine(self, latents: Tensor, origin: np.ndarray | None = None) -> None:
         """Go on as if `latents` (B, C, k, h, w) had been observed: open-loop rollouts feed plans back this way.
 
-        The state that would go with them is not known, and is left out.
+        The state that would go with them is not known, and is left out of what the model sees.
+
+        Args:
+            origin: (B, raw_state_dim): where relative actions are to start from; without it, such actions can neither be planned nor committed.
         """
         with torch.no_grad():
             self._advance(latents, None)
+        self.origin = None if origin is None else origin.astype(np.float32)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows, in the given order."""

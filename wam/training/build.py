@@ -9,7 +9,6 @@ Everything here is a function of the config and its seed, so every process of a 
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,8 @@ from wam.codec.codec import Codec, make_codec
 from wam.codec.linear import LinearCodec
 from wam.config import Config
 from wam.data.dataset import WindowDataset
-from wam.data.lerobot import LeRobotDataset
 from wam.model.loading import model_from_backbone, new_names
-from wam.model.lora import apply_lora
+from wam.model.lora import apply_lora, base_identity, base_name, has_lora, is_adapter
 from wam.model.wam import WorldActionModel
 from wam.text.cache import CachedText
 from wam.text.text import Text, make_text, prompts
@@ -31,33 +29,16 @@ log = logging.getLogger(__name__)
 
 def datasets(config: Config) -> tuple[WindowDataset, WindowDataset | None]:
     """Training windows and held-out windows (None where nothing is held out), normalised by the training rows' statistics."""
-    _check_sizes(config)
-    data = WindowDataset(config.data, config.timeline, "train", image_size=config.codec.image_size)
+    robot = config.model.embodiment(config.data.embodiment)
+    data = WindowDataset(config.data, config.timeline, "train", image_size=config.codec.image_size, robot=robot)
     _report_left_out(data, "training")
     normalizer = data.fit_normalizer()
     data.normalizer = normalizer
     if config.data.validation_fraction == 0:
         return data, None
-    held_out = WindowDataset(config.data, config.timeline, "validation", normalizer, image_size=config.codec.image_size)
+    held_out = WindowDataset(config.data, config.timeline, "validation", normalizer, image_size=config.codec.image_size, robot=robot)
     _report_left_out(held_out, "validation")
     return data, held_out
-
-
-def _check_sizes(config: Config) -> None:
-    """Compare the robot's sizes with the dataset's columns, before frames are decoded."""
-    robots, data = config.model.embodiments, LeRobotDataset(config.data.root)
-    robot = next(e for e in robots if e.name == config.data.embodiment)
-    if robot.relative_to:
-        raise ValueError(f"model.embodiments: actions of {robot.name!r} are relative to the state (relative_to), which the dataset reader does not compute; write them relative into the dataset, or train on absolute ones with relative_to=[]")
-    for what, column, size in (("state_dim", config.data.state, robot.state_dim), ("action_dim", config.data.action, robot.action_dim)):
-        found = math.prod(data.feature(column).shape)
-        if found != size:
-            raise ValueError(
-                f"{config.data.root}: {column!r} has {found} dimensions, but model.embodiments gives {robot.name!r} {what} {size}; set {what} to {found}, or name another column in data"
-            )
-        widest = max(getattr(e, what) for e in robots)
-        if widest != size:
-            raise ValueError(f"model.embodiments has {what} {size} for {robot.name!r} and {widest} for another; this version trains robots of one size: list only those")
 
 
 def _report_left_out(data: WindowDataset, split: str) -> None:
@@ -105,6 +86,20 @@ def fit_codec(config: Config, data: WindowDataset) -> Codec:
     clips = [torch.as_tensor(data[int(i)]["frames"])[1:].unflatten(0, (-1, stride)) for i in chosen]
     codec.fit(torch.cat(clips))
     return codec
+
+
+def adapted_identity(model: WorldActionModel) -> str | None:
+    """A hash of the weights that a model's adapters belong to, which training does not change; None without adapters."""
+    if not has_lora(model):
+        return None
+    trained = [base_name(name) for name, p in model.backbone.named_parameters() if p.requires_grad and not is_adapter(name)]
+    return base_identity(model, trained)
+
+
+def compile_blocks(model: WorldActionModel) -> None:
+    """Compile every repeated block when it is first called: one block is compiled and its code serves all, for every layout of tokens there is."""
+    for block in [*model.backbone.blocks, *(model.expert.blocks if model.expert is not None else ())]:
+        block.compile()
 
 
 def computes_in_bf16(config: Config, device: torch.device) -> bool:

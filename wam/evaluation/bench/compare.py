@@ -245,7 +245,7 @@ def drive(session: Session, mode: str, how: SamplingConfig, generator: np.random
     t, robot = session.config.timeline, session.dims
     first = session.block < 0
     frames = generator.integers(0, 256, (session.batch, 1 if first else t.frames_per_block, *session.config.codec.image_size, 3), dtype=np.uint8)
-    session.observe(frames, generator.normal(size=(session.batch, robot.state_dim)).astype(np.float32))
+    session.observe(frames, generator.normal(size=(session.batch, robot.raw_state_dim)).astype(np.float32))
     actions = session.plan(mode, how).actions
     assert actions is not None
     session.commit(actions)
