@@ -58,7 +58,14 @@ def test_states_stay_on_disk_by_rule_and_the_best_policy_beside_them(tmp_path: P
     assert read_manifest(state_folder(tmp_path, 5))["best"]["step"] == 2 and read_manifest(state_folder(tmp_path, 4))["values"] == {"val/error": 2.0}
     with read_part(state_folder(tmp_path, 4), "model") as reader:
         assert reader.get("a").tolist() == [4.0] * 4
-    assert TrainingConfig().best in {"val/action_mse/skip"}  # what validation writes
+
+
+def test_the_best_is_the_highest_where_the_config_says_so(tmp_path: Path) -> None:
+    saved = Checkpoints(tmp_path, KeepConfig(last=1), "val/psnr/forward", Alone(), highest=True)
+    for step, value in ((1, 20.0), (2, 25.0), (3, 22.0), (4, 21.0)):
+        assert saved.validated(step, {"val/psnr/forward": value}, lambda folder: None) == (step <= 2)
+        saved.save(step, _parts(step), {"processes": 1}, 100)
+    assert saved.best is not None and saved.best["step"] == 2 and states(tmp_path) == [2, 4]
 
 
 def test_a_metric_that_validation_does_not_have_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
