@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from wam.config import TrainingConfig
 from wam.config_training import KeepConfig
 from wam.shards import ShardWriter
 from wam.training import checkpoints
