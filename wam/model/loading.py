@@ -6,7 +6,8 @@
     an expert                                    the video's weights, interpolated to its width
     an image branch that the backbone lacks      new: from the seed, and silent at first
 
-Folders are in diffusers' layout, on this machine or on the Hub.
+Folders are in diffusers' layout, on this machine or on the Hub; or a policy's own, of which the backbone is taken (`model.backbone.*`): what
+adapters are trained on where a converted or trained policy is fitted to another robot.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +23,12 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from wam.config import Config
+from wam.config import Config, load_config
 from wam.model.backbone import Backbone
 from wam.shards import ShardReader, build_empty, load_into
 
 TRANSFORMER, WEIGHTS = "transformer", "diffusion_pytorch_model"
+POLICY_CONFIG, POLICY_WEIGHTS, POLICY_BACKBONE = "config.yaml", "model", "model.backbone."  # a policy's config, its weights, and what the backbone's are called in them
 MASK_CHANNELS = 4  # of a first frame that is joined to the channels: one per pixel frame of a latent
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "pos_embed_seq_len": None}  # the same in every Wan that can be used here
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,17 +58,48 @@ def local_folder(path_or_repo: str | Path, *subfolders: str) -> Path:
         raise FileNotFoundError(f"{repository} is no folder here, and cannot be had from the Hub ({type(error).__name__}: {reason}); check the name and the network, or give a folder with a download of it") from error
 
 
-def backbone_folder(path_or_repo: str | Path) -> Path:
-    """The folder that holds a transformer's `config.json`: `transformer/` of a pipeline's folder, or the folder itself.
+@dataclass(frozen=True)
+class StoredBackbone:
+    """A backbone on disk: a transformer in diffusers' layout, or the backbone within a policy.
 
-    Raises:
-        FileNotFoundError: there is none.
+    Attributes:
+        arguments: what `WanTransformer3DModel` was built with, defaults included.
+        weights: what its files are called.
+        prefix: what the names of its tensors begin with there.
     """
-    folder = local_folder(path_or_repo, TRANSFORMER)
-    for candidate in (folder / TRANSFORMER, folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise FileNotFoundError(f"{path_or_repo} holds no {TRANSFORMER}/config.json; give a Wan model in diffusers' layout, e.g. a download of Wan-AI/Wan2.2-TI2V-5B-Diffusers")
+
+    folder: Path
+    arguments: dict[str, Any]
+    weights: str
+    prefix: str = ""
+
+    @staticmethod
+    def at(path_or_repo: str | Path) -> StoredBackbone:
+        """Find it: `transformer/` of a pipeline's folder, the folder itself, or a policy's.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: a damaged config, another model's, or a policy that holds adapters instead of a backbone (named).
+        """
+        folder = local_folder(path_or_repo, TRANSFORMER)
+        if (folder / POLICY_CONFIG).is_file() and not (folder / TRANSFORMER).is_dir():
+            if (folder / "adapter").is_dir():
+                raise ValueError(f"{folder} is a policy that holds adapters and not the backbone they belong to; merge it first (from_pretrained, then save_pretrained), or name the backbone it was trained on")
+            return StoredBackbone(folder, backbone_arguments(load_config(folder / POLICY_CONFIG)), POLICY_WEIGHTS, POLICY_BACKBONE)
+        for candidate in (folder / TRANSFORMER, folder):
+            if (candidate / "config.json").is_file():
+                return StoredBackbone(candidate, stored_arguments(candidate), WEIGHTS)
+        raise FileNotFoundError(
+            f"{path_or_repo} holds no {TRANSFORMER}/config.json; give a Wan model in diffusers' layout, e.g. a download of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a policy's folder"
+        )
+
+    def reader(self) -> ShardReader:
+        """Its tensors, to be read when they are asked for."""
+        return ShardReader(self.folder, self.weights)
+
+    def own(self, name: str) -> str | None:
+        """The backbone's name of a stored tensor; None for what is not the backbone's."""
+        return name.removeprefix(self.prefix) if name.startswith(self.prefix) else None
 
 
 # ------------------------------------------------------------------------------------------------ what size it has
@@ -97,9 +131,28 @@ def config_of_backbone(path_or_repo: str | Path) -> dict[str, Any]:
     """The config that a backbone asks for, `section.field` to value, as overrides would say it.
 
     Raises:
-        FileNotFoundError, ValueError: as `backbone_folder` and `stored_arguments`.
+        FileNotFoundError, ValueError: as `StoredBackbone.at`.
     """
-    return _fields(stored_arguments(backbone_folder(path_or_repo)))
+    return _fields(StoredBackbone.at(path_or_repo).arguments)
+
+
+def backbone_arguments(config: Config) -> dict[str, Any]:
+    """What diffusers' constructor is given for a config."""
+    m, channels = config.model, config.codec.channels
+    return dict(
+        patch_size=m.patch,
+        num_attention_heads=m.heads,
+        attention_head_dim=m.head_dim,
+        in_channels=channels + (config.timeline.temporal_stride + channels if m.first_frame == "concat" else 0),
+        out_channels=channels,
+        text_dim=config.text.width,
+        freq_dim=m.freq_dim,
+        ffn_dim=m.ffn_dim,
+        num_layers=m.layers,
+        eps=m.eps,
+        image_dim=m.image_dim,
+        added_kv_proj_dim=m.width if m.image_dim else None,
+    )
 
 
 def _fields(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -187,16 +240,16 @@ def load_backbone(path_or_repo: str | Path, config: Config, dtype: torch.dtype |
     Raises:
         FileNotFoundError, ValueError: as `model_from_backbone`.
     """
-    folder = backbone_folder(path_or_repo)
-    arguments = stored_arguments(folder)
-    check_sizes(config, arguments, str(folder))
+    stored = StoredBackbone.at(path_or_repo)
+    arguments, where = dict(stored.arguments), str(stored.folder)
+    check_sizes(config, arguments, where)
     if config.model.image_dim is not None and arguments["image_dim"] is None:
         arguments |= {"image_dim": config.model.image_dim, "added_kv_proj_dim": config.model.width}
     backbone = build_empty(lambda: Backbone(**arguments))
-    with ShardReader(folder, WEIGHTS) as reader:
+    with stored.reader() as reader:
         image = [name for name in backbone.state_dict() if _of_image(name)]
-        new = [] if set(image) & set(reader.names()) else image
-        load_into(backbone, reader, dtype=dtype, device=device, what=str(folder), ignore=new)
+        new = [] if set(image) & {stored.own(name) for name in reader.names()} else image
+        load_into(backbone, reader, stored.own, dtype=dtype, device=device, what=where, ignore=new)
     if new:
         _start_image_branch(backbone, new, config.training.seed, device)
     return backbone.to(device)  # buffers, which no checkpoint holds
@@ -204,8 +257,9 @@ def load_backbone(path_or_repo: str | Path, config: Config, dtype: torch.dtype |
 
 def new_names(backbone: Backbone, path_or_repo: str | Path) -> list[str]:
     """Names of the backbone's that its pretrained weights do not have: an image branch that was added."""
-    with ShardReader(backbone_folder(path_or_repo), WEIGHTS) as reader:
-        stored = set(reader.names())
+    found = StoredBackbone.at(path_or_repo)
+    with found.reader() as reader:
+        stored = {found.own(name) for name in reader.names()}
     return [name for name in backbone.state_dict() if name not in stored]
 
 

@@ -32,7 +32,7 @@ from wam.model.backbone import Attend, Backbone, Context, ExactTimesteps, Levels
 from wam.model.cache import KVCache
 from wam.model.conditions import Conditions
 from wam.model.expert import Expert, TimeEmbedder, run_both
-from wam.model.loading import model_from_backbone
+from wam.model.loading import backbone_arguments, model_from_backbone
 from wam.model.rotary import Rotary
 from wam.model.view import View, make_view
 from wam.model.window_mask import WindowMask
@@ -222,10 +222,12 @@ class WorldActionModel(nn.Module):
         action = self.expert.embed_text(text_UTE, rows_B) if self.expert is not None else None
         return Conditions(text_UTE, rows_B, self.backbone.embed_text(text_UTE, rows_B), action)
 
-    def with_state(self, conditions: Conditions, state_BS: Tensor, embodiment_B: Tensor) -> Conditions:
-        """The conditions with each row's state as the last token of its text (`model.state: context`)."""
+    def with_state(self, conditions: Conditions, state_BS: Tensor, embodiment_B: Tensor, known_B: Tensor | None = None) -> Conditions:
+        """The conditions with each row's state as the last token of its text (`model.state: context`); zero, as what lies beyond a text, where it is not `known_B`."""
         assert self.state_encoder is not None
         token_B1E = self.state_encoder(state_BS.unsqueeze(1), embodiment_B).type_as(conditions.text_UTE)
+        if known_B is not None:
+            token_B1E = token_B1E * known_B[:, None, None].type_as(token_B1E)
         rows = torch.arange(len(token_B1E), device=token_B1E.device)
         state = self.embed_text(token_B1E, rows)
         if conditions.video.text_keys_values is not None:  # of the instruction they are there already
@@ -527,25 +529,6 @@ def _embed_together(embed: Callable[[Tensor, tuple[int, ...]], Modulation], step
     together = embed(torch.cat([levels.timestep_BK for levels in there], dim=1), tuple(run for levels in there for run in levels.runs))
     parts = iter(together.split([levels.runs for levels in there]))
     return [None if levels is None else next(parts) for levels in steps]
-
-
-def backbone_arguments(config: Config) -> dict[str, Any]:
-    """What diffusers' constructor is given for a config."""
-    m, channels = config.model, config.codec.channels
-    return dict(
-        patch_size=m.patch,
-        num_attention_heads=m.heads,
-        attention_head_dim=m.head_dim,
-        in_channels=channels + (config.timeline.temporal_stride + channels if m.first_frame == "concat" else 0),
-        out_channels=channels,
-        text_dim=config.text.width,
-        freq_dim=m.freq_dim,
-        ffn_dim=m.ffn_dim,
-        num_layers=m.layers,
-        eps=m.eps,
-        image_dim=m.image_dim,
-        added_kv_proj_dim=m.width if m.image_dim else None,
-    )
 
 
 def given_frame(latents_BCFHW: Tensor, mask_channels: int = 4) -> Tensor:

@@ -6,7 +6,7 @@
     sizes            must be the policy's; what cannot be taken is an error that names it
 
     model.pretrained     a Wan backbone alone: encoders, decoders and experts are new
-    finetune_from        a whole policy
+    finetune_from        a whole policy; with adapters (model.lora), `model.pretrained` names the same folder: its backbone stays, frozen, as their base
     resuming             this run's own weights, optimiser and step
 
 What was taken, what is new and what was left behind is logged and written to `finetuned_from.json`.
@@ -30,8 +30,9 @@ from wam.config import Config, ModelConfig, load_config
 from wam.data.normalize import Normalizer
 from wam.files import write_json_atomic
 from wam.model.actions import EmbodimentLinear
+from wam.model.lora import has_lora
 from wam.model.wam import WorldActionModel
-from wam.pretrained import ADAPTER, CODEC, CONFIG, META, MODEL, NORMALIZER, STEM, from_pretrained
+from wam.pretrained import ADAPTER, BACKBONE, CODEC, CONFIG, META, MODEL, NORMALIZER, STEM, from_pretrained
 from wam.shards import MemorySource, ShardReader, TensorSource
 from wam.training.state import config_tree, differences
 
@@ -98,10 +99,11 @@ def _open(folder: Path, config: Config) -> tuple[TensorSource, Config, int]:
     for name in (CONFIG, META, NORMALIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"training.finetune_from is {folder}, which is no policy: {name} is missing; give a checkpoint directory that `wam train` or `wam convert` wrote")
-    if config.model.lora is not None or config.model.pretrained is not None:
+    pretrained = config.model.pretrained
+    if pretrained is not None and Path(pretrained).resolve() != folder.resolve():
         raise ValueError(
-            f"training.finetune_from={folder} and model.pretrained={config.model.pretrained} exclude each other: the first starts from a whole policy, the second from a Wan backbone alone"
-            f"{', which is what adapters (model.lora) belong to' if config.model.lora else ''}; set model.pretrained{' and model.lora' if config.model.lora else ''} to null, or finetune_from"
+            f"training.finetune_from={folder} and model.pretrained={pretrained} exclude each other: the first starts from a whole policy, the second from a backbone alone; "
+            f"set {f'model.pretrained={folder}, so that adapters (model.lora) are trained on the backbone of that policy' if config.model.lora else 'model.pretrained=null'}, or finetune_from=null"
         )
     step = int(json.loads((folder / META).read_text()).get("step", 0))
     if (folder / ADAPTER).is_dir():  # merged into their backbone, which takes the whole policy
@@ -127,9 +129,12 @@ def _check_alike(folder: Path, old: Config, new: Config) -> None:
 
 @torch.no_grad()
 def _fill(model: WorldActionModel, source: TensorSource, rows: list[tuple[int, int]], folder: Path) -> tuple[int, list[str], list[str]]:
-    target = dict(model.state_dict(keep_vars=True))
+    target, kept = dict(model.state_dict(keep_vars=True)), 0
     own = {f"{name}.{which}" for name, module in model.named_modules() if isinstance(module, EmbodimentLinear) for which in ("weight", "bias")}
     stored = {name.removeprefix(MODEL): name for name in source.names() if name.startswith(MODEL)}
+    if has_lora(model):  # on the policy's own backbone, which is in place
+        kept = sum(name.startswith(BACKBONE) for name in stored)
+        target, stored = ({name: x for name, x in names.items() if not name.startswith(BACKBONE)} for names in (target, stored))
     if not target.keys() & stored.keys():
         raise ValueError(f"training.finetune_from={folder} has no tensor of this model; it holds {', '.join(list(stored)[:3])}, ...")
     for name in target.keys() & stored.keys():
@@ -143,7 +148,7 @@ def _fill(model: WorldActionModel, source: TensorSource, rows: list[tuple[int, i
             parameter.copy_(value)
     seen = {id(target[name]) for name in target.keys() & stored.keys()}
     new = [name for name, tensor in target.items() if id(tensor) not in seen]
-    return len(target.keys() & stored.keys()), new, sorted(stored.keys() - target.keys())
+    return kept + len(target.keys() & stored.keys()), new, sorted(stored.keys() - target.keys())
 
 
 def _rows(folder: Path, old: ModelConfig, new: ModelConfig) -> list[tuple[int, int]]:

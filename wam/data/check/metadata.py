@@ -242,9 +242,10 @@ def lora_base(evidence: Evidence) -> list[Finding]:
 
 def _identity(pretrained: str) -> str | None:
     """`wam.model.lora.base_identity` of a backbone, from its files: no model is built.  None where they are not on this machine."""
-    from wam.model.loading import WEIGHTS, backbone_folder
-    from wam.shards import ShardReader, identity_of
+    from wam.model.loading import StoredBackbone
+    from wam.shards import identity_of
 
     if not Path(pretrained).exists():
         return None
-    return identity_of(ShardReader(backbone_folder(pretrained), WEIGHTS))
+    stored = StoredBackbone.at(pretrained)
+    return identity_of(stored.reader(), stored.own)

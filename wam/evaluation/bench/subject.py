@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from wam.config import Config, load_config
 from wam.model.actions import EmbodimentLinear
 from wam.model.conditions import Conditions
-from wam.model.wam import Noisy, Window, WorldActionModel, backbone_arguments
+from wam.model.loading import backbone_arguments
+from wam.model.wam import Noisy, Window, WorldActionModel
 from wam.shards import build_empty
 from wam.timeline import FIRST_BLOCK, Kind
 
