@@ -70,12 +70,13 @@ class Policy:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def save_pretrained(policy: Policy, directory: Path, weights: dict[str, Tensor] | None = None, max_bytes: float = SHARD_BYTES) -> None:
+def save_pretrained(policy: Policy, directory: Path, weights: dict[str, Tensor] | None = None, max_bytes: float = SHARD_BYTES, base: str | None = None) -> None:
     """Write a policy, weights last.  Of a model with adapters, those and the parts that are not the backbone's; `merge_lora` it first for all of it.
 
     Args:
         weights: replaces the model's own (an EMA, say); of a model with adapters, what trains.
         max_bytes: largest file of weights.
+        base: hash of the weights that adapters belong to (`base_identity`), where it is known; else it is computed.
 
     Raises:
         ValueError: adapters on a backbone that no `model.pretrained` names: they could not be loaded again.
@@ -87,7 +88,7 @@ def save_pretrained(policy: Policy, directory: Path, weights: dict[str, Tensor] 
     write_json_atomic(directory / META, {"format": FORMAT, "wam_version": wam.__version__, "torch_version": torch.__version__, **policy.meta, **text})
     tensors = weights or _weights(policy.model)
     if has_lora(policy.model):
-        tensors = _save_adapter(policy, directory, tensors)
+        tensors = _save_adapter(policy, directory, tensors, base)
     named = {f"{MODEL}{k}": v for k, v in tensors.items()}
     if isinstance(policy.codec, LinearCodec):
         named |= {f"{CODEC}{k}": v for k, v in policy.codec.state_dict().items()}
@@ -115,7 +116,7 @@ def save_components(policy: Policy, directory: Path) -> None:
         encoder.tokenizer.save_pretrained(directory / TOKENIZER)
 
 
-def _save_adapter(policy: Policy, directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _save_adapter(policy: Policy, directory: Path, tensors: dict[str, Tensor], base: str | None) -> dict[str, Tensor]:
     """Write the adapters; returns what is left to write: all that trained and is no adapter."""
     lora, pretrained = policy.config.model.lora, policy.config.model.pretrained
     if lora is None or pretrained is None:
@@ -124,7 +125,7 @@ def _save_adapter(policy: Policy, directory: Path, tensors: dict[str, Tensor]) -
     tensors = {name: tensor for name, tensor in tensors.items() if name in trained or not name.startswith(BACKBONE)}
     adapters = {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items() if is_adapter(name)}
     rest = {base_name(name): tensor for name, tensor in tensors.items() if not is_adapter(name)}
-    base = base_identity(policy.model, _of_backbone(rest))
+    base = base or base_identity(policy.model, _of_backbone(rest))
     save_adapter(directory / ADAPTER, adapters, lora, base, pretrained, policy.model.backbone.dtype)
     return rest
 

@@ -14,7 +14,7 @@ whole batch's count: `total / denominator`, each summed over all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,12 @@ class Part:
         """The same on a device."""
         return Part(*(None if x is None else x.to(device) for x in vars(self).values()))  # type: ignore[arg-type]
 
+    @staticmethod
+    def cat(parts: Sequence[Part]) -> Part:
+        """Those of several micro-batches as one batch's."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return Part(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
     def mean(self, reduction: str) -> Tensor:
         """One loss; 0 where nothing is supervised.
 
@@ -88,6 +94,14 @@ class Losses:
     video_part: Part
     action_part: Part
     reduction: str = "supervised"
+
+    @staticmethod
+    def cat(parts: Sequence[Losses]) -> Losses:
+        """Errors of several micro-batches as those of one batch."""
+        if len(parts) == 1:
+            return parts[0]
+        video, action = (Part.cat([getattr(part, name) for part in parts]) for name in ("video_part", "action_part"))
+        return Losses([mode for part in parts for mode in part.modes], video, action, parts[0].reduction)
 
     def video(self) -> Tensor:
         """The loss of the video velocity (0 when none is supervised)."""
@@ -172,8 +186,10 @@ class Laid:
 class Objective:
     """Computes the losses of a batch; what modes need of a window, and their masks, are laid out once."""
 
-    def __init__(self, config: Config, model: WorldActionModel, codec: Codec, image: ClipImage | None = None):
+    def __init__(self, config: Config, model: WorldActionModel, codec: Codec, image: ClipImage | None = None, device: torch.device | None = None):
+        """`device` is where the model will be when it computes; default: where it is."""
         self.config, self.model, self.codec, self.image = config, model, codec, image
+        self.device = device or model.device
         self.modes: list[Mode] = [model.relations.mode(name) for name in config.training.modes]
         self.robot = config.model.embodiment(config.data.embodiment)
         self.reach = Reach.of(config.timeline)
@@ -188,7 +204,7 @@ class Objective:
             order = sorted(among)
             modes = [self.modes[i] for i in order]
             layout = needed(self.model.training_layout(self.config.timeline.blocks), modes, self.reach)
-            dense = torch.stack([m.table.dense(layout, self.reach) for m in modes]).to(self.model.device)
+            dense = torch.stack([m.table.dense(layout, self.reach) for m in modes]).to(self.device)
             self._laid[among] = Laid(order, layout, dense, window_mask(dense, layout))
         return self._laid[among]
 
@@ -388,6 +404,11 @@ class Supervised(nn.Module):
         """Errors of a batch."""
         with self.autocast:
             return self.objective.errors(batch, drawn)
+
+
+def take_rows(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """Some of a batch's samples."""
+    return {key: value[rows] if isinstance(value, (Tensor, list)) else value for key, value in batch.items()}
 
 
 def has(batch: dict[str, Any], key: str) -> Tensor:
