@@ -1,0 +1,170 @@
+"""Encoded windows on disk: what is read is what would have been encoded, and what is not whole or not the same is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lerobot_fixture as fixture
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+from tiny import tiny_codec, tiny_config
+
+from wam.config import Config
+from wam.data.dataset import WindowDataset, collate
+from wam.data.latents import LatentError, cache_of, content_of, use_latents
+from wam.training.caches import build_latents
+
+LENGTHS = (30, 26, 12, 33)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fixture.write_dataset(tmp_path_factory.mktemp("latents") / "tiny", LENGTHS, gop=12, b_frames=2)
+
+
+@pytest.fixture(scope="module")
+def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cache")
+    made = build_latents(splits(config(root)), config(root), tiny_codec(config(root).codec), directory, 0)
+    assert made.made == 4 and made.kept == 0 and made.windows == sum(length - 8 for length in LENGTHS)
+    return directory
+
+
+@pytest.fixture
+def cache(built: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(built, tmp_path / "cache"))
+
+
+def config(root: Path, *overrides: str) -> Config:
+    return tiny_config(f"data.root={root}", "data.executed_action=action.executed", "data.validation_fraction=0.5", "data.cache=none", *overrides)
+
+
+def splits(config: Config, latents: Path | None = None) -> list[WindowDataset]:
+    data = replace(config.data, latents=None if latents is None else str(latents))
+    return [WindowDataset(data, config.timeline, split, None, config.codec.image_size) for split in ("train", "validation")]
+
+
+def opened(config: Config, directory: Path, pixels: bool = False) -> list[WindowDataset]:
+    datasets = splits(config, directory)
+    for windows in datasets:
+        use_latents(windows, config.codec, tiny_codec(config.codec), pixels)
+    return datasets
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*/*.safetensors"))
+
+
+def alter(path: Path) -> None:
+    """Change one byte in the middle, where latents are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_latents_are_what_would_have_been_encoded(root: Path, built: Path) -> None:
+    c = config(root)
+    codec = tiny_codec(c.codec)
+    for plain, cached, both in zip(splits(c), opened(c, built), opened(c, built, pixels=True), strict=True):
+        some = list(range(0, len(plain), 5))
+        batch, frames = collate([cached[i] for i in some]), collate([plain[i] for i in some])["frames"]
+        assert "frames" not in batch and torch.equal(batch["latents"], codec.encode(frames)), "to the bit"
+        with_frames = both[3]
+        np.testing.assert_array_equal(with_frames["frames"], plain[3]["frames"])
+        np.testing.assert_array_equal(with_frames["latents"], cached[3]["latents"])
+        for key in ("state", "action", "frames_is_pad"):
+            np.testing.assert_array_equal(plain[3][key], cached[3][key])  # type: ignore[literal-required]
+
+
+def test_a_killed_build_goes_on_and_a_damaged_file_is_made_again(root: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    c, before = config(root), {path.name: load(path.read_bytes()) for path in files(cache)}
+    kept, cut, altered, gone = files(cache)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    alter(altered)
+    gone.unlink()
+    (kept.parent / f".{gone.stem}.abc.safetensors").write_bytes(b"half a file")  # what a killed writer leaves
+    inode = kept.stat().st_ino
+    made = build_latents(splits(c), c, tiny_codec(c.codec), cache, 2)
+    assert (made.made, made.kept) == (3, 1) and kept.stat().st_ino == inode
+    for name, tensors in before.items():
+        again = load(kept.with_name(name).read_bytes())
+        assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()), "workers make the same"
+    assert "all verified" in str(build_latents(splits(c), c, tiny_codec(c.codec), cache, 0))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), r"episode-00000\d-000.safetensors is damaged .*run `wam cache` again"),
+        (alter, r"the checksum of window \d+ does not hold; run `wam cache` again"),
+        (lambda path: path.write_bytes(b"not a file of tensors"), "is damaged"),
+        (lambda path: shutil.copy(path.with_name("episode-000003-000.safetensors"), path), "is damaged or of another cache: its shard does not fit"),
+    ],
+)
+def test_damage_is_refused_by_name(root: Path, cache: Path, damage: Any, message: str) -> None:
+    train, _ = opened(config(root), cache)
+    damage(files(cache)[1])
+    assert train[0]["latents"].shape == (6, 5, 4, 6)
+    with pytest.raises(LatentError, match=message):
+        for index in range(len(train)):
+            train[index]
+
+
+def test_what_is_missing_or_unfinished_is_refused_at_once(root: Path, cache: Path, tmp_path: Path) -> None:
+    files(cache)[0].unlink()
+    with pytest.raises(LatentError, match=r"lacks 1 files, e.g. episode-000000-000.safetensors; run `wam cache` again"):
+        opened(config(root), cache)
+    manifest = next(cache.glob("*/manifest.json"))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    with pytest.raises(LatentError, match=r"is not finished \(3 files so far\); run `wam cache` again"):
+        opened(config(root), cache)
+    manifest.write_text("{")
+    with pytest.raises(LatentError, match=r"manifest.json is not valid JSON"):
+        opened(config(root), cache)
+    with pytest.raises(LatentError, match="holds no encoded windows; make them with `wam cache`"):
+        opened(config(root), tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("codec.channels=5",), r"codec.channels is 6 there and 5 here; codec.weights is \w{8}... there and \w{8}... here"),
+        (("codec.image_size=[64, 64]",), r"pictures.image_size is \[32, 48\] there and \[64, 64\] here"),
+        (("timeline.blocks=3",), "windows.frames is 17 there and 13 here"),
+        (("data.start_stride=2",), "Nearest is tiny-.*: windows.start_stride is 1 there and 2 here; run `wam cache`"),
+    ],
+)
+def test_other_settings_are_refused_by_name(root: Path, built: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(LatentError, match=message):
+        opened(config(root, *overrides), built)
+
+
+def test_other_videos_are_another_cache(root: Path, built: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(root, tmp_path / "copied"))
+    assert opened(config(copy), built)[0][0]["latents"] is not None, "the same bytes in another place are the same"
+    video = next(copy.glob("videos/**/*.mp4"))
+    fixture.write_video(video, list(range(200)), gop=5)
+    with pytest.raises(LatentError, match=r"content is .* there and .* here"):
+        opened(config(copy), built)
+    source = splits(config(root))[0].lerobot
+    stamps = json.loads((built / "files.json").read_text())
+    assert content_of(source, config(root).data.cameras, tmp_path / "new") == content_of(source, config(root).data.cameras, built)
+    assert all(len(entry) == 3 for entry in stamps.values()) and not (tmp_path / "new").exists()
+
+
+def test_augmentation_that_needs_pixels_is_refused(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.latents is 'x', but data.augment changes pixels"):
+        config(root, "data.latents=x", "data.augment.brightness=0.3")
+
+
+def test_folder_names(root: Path, built: Path) -> None:
+    c = config(root)
+    cache = cache_of(splits(c)[0], built, c.codec, tiny_codec(c.codec))
+    assert cache.folder.name.startswith("tiny-") and cache.shape == (6, 5, 4, 6) and cache.folder.is_dir()
