@@ -15,7 +15,7 @@ Letters: A actions a block, d raw dimensions, D network dimensions (before paddi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,6 +56,11 @@ class Part:
     def relative(self) -> bool:
         """Whether it depends on the state at the block's start."""
         return any(i >= 0 for i in self.origin)
+
+    @property
+    def stop(self) -> int:
+        """Where it ends in its column, exclusive."""
+        return self.start + self.raw.stop - self.raw.start
 
     def encode(self, x: np.ndarray, state: np.ndarray | None, is_pad: np.ndarray | None) -> np.ndarray:
         """Raw (..., A, n), raw states (..., d) and padding (..., A) to the network's units."""
@@ -217,13 +222,18 @@ class Units:
         whole = list(episodes)
         if not whole:
             raise ValueError("there are no episodes to take statistics of states and actions from")
-        state = [(self._of(part, "state", [part.encode(e["state"][:, part.raw], None, None) for e in whole]), part.method) for part in self.state]
-        action = [(self._of(part, "action", [_seen(part, e, timeline.actions_per_block) for e in whole]), part.method) for part in self.action]
-        return Normalizer.of_parts({"state": state, "action": action}, self.normalization)
+        keys = {what: [(self._of(part, what, self.all_rows(what, part, whole, timeline)), part.method) for part in getattr(self, what)] for what in ("state", "action")}
+        return Normalizer.of_parts(keys, self.normalization)
 
-    def _of(self, part: Part, what: str, rows: list[np.ndarray]) -> Statistics:
+    def all_rows(self, what: str, part: Part, episodes: Sequence[Rows], timeline: TimelineConfig) -> np.ndarray:
+        """(n, D) all that a part of a state or an action can be in network units, over episodes."""
+        if what == "state":
+            return np.concatenate([part.encode(e["state"][:, part.raw], None, None) for e in episodes])
+        return np.concatenate([_seen(part, e, timeline.actions_per_block) for e in episodes])
+
+    def _of(self, part: Part, what: str, rows: np.ndarray) -> Statistics:
         key = what if part.name == what else f"{what} group {part.name!r} of {self.robot.name!r}"
-        return statistics(key, np.concatenate(rows), part.method)
+        return statistics(key, rows, part.method)
 
 
 def _seen(part: Part, rows: Rows, actions: int) -> np.ndarray:
@@ -258,7 +268,7 @@ def _parts(robot: EmbodimentConfig, what: str, columns: tuple[str, str], method:
 
 
 def _read(source: LeRobotDataset, episode: int, part: Part, column: str) -> np.ndarray:
-    rows = source.read(episode, column)[:, part.start : part.start + part.raw.stop - part.raw.start].astype(np.float32)
+    rows = source.read(episode, column)[:, part.start : part.stop].astype(np.float32)
     if not np.isfinite(rows).all():
         row, dimension = np.argwhere(~np.isfinite(rows))[0]
         raise DatasetError(

@@ -23,6 +23,7 @@ from wam.data.check.evidence import Clip, Evidence
 from wam.data.check.findings import LEVELS, Finding
 from wam.data.check.run import CHECKS, check_dataset
 from wam.data.check.timing import Lag, measure_lag, speed
+from wam.data.units import Units
 from wam.evaluation.page import Child, Html, absent, facts, page, section, tag
 from wam.evaluation.report import drawing
 from wam.figures import FAINT, KIND_COLORS, new_figure
@@ -110,7 +111,9 @@ def _findings(findings: Sequence[Finding]) -> Html:
 
 def _about(config: Config) -> Html:
     robot = config.model.embodiment(config.data.embodiment)
-    text = f"States in {config.data.state} ({robot.state_dim}), actions in {config.data.action} ({robot.action_dim}), cameras {', '.join(config.data.cameras)}, robot {robot.name}."
+    units = Units.of(robot, config.data)
+    state, action = (", ".join(dict.fromkeys(part.column for part in parts)) for parts in (units.state, units.action))
+    text = f"States in {state} ({robot.raw_state_dim}), actions in {action} ({robot.raw_action_dim}), cameras {', '.join(config.data.cameras)}, robot {robot.name}."
     return section(
         "about", "What was checked", tag("p", text), tag("p", "Where a check finds nothing, this holds:"), facts({check.name: check.about for check in CHECKS})
     )
@@ -225,7 +228,7 @@ def _draw_histograms(evidence: Evidence, key: str, rows: np.ndarray, path: Path)
         panels = figure.subplots(lines, columns, squeeze=False).ravel()
         for d, axes in enumerate(panels):
             if d < shown:
-                _histogram(axes, rows[:, d], evidence.name(key, d).removeprefix(key), KIND_COLORS[Kind.S if key == evidence.config.data.state else Kind.A])
+                _histogram(axes, rows[:, d], evidence.name(key, d).removeprefix(key), KIND_COLORS[Kind.S if key in {part.column for part in evidence.units.state} else Kind.A])
             else:
                 axes.set_visible(False)
 

@@ -21,6 +21,8 @@ def slices(evidence: Evidence) -> list[Finding]:
     """Widths of states and actions against the config's robot."""
     data, found = evidence.config.data, []
     robot = evidence.config.model.embodiment(data.embodiment)
+    if robot.state_groups or robot.action_groups:
+        return _groups(evidence)
     for key, name, size in (
         (data.state, "state_dim", robot.state_dim),
         (data.action, "action_dim", robot.action_dim),
@@ -54,6 +56,19 @@ def slices(evidence: Evidence) -> list[Finding]:
     return found
 
 
+def _groups(evidence: Evidence) -> list[Finding]:
+    """A robot's groups against the columns that they are slices of."""
+    units, found = evidence.units, []
+    for what in ("state", "action"):
+        for part in getattr(units, what):
+            for key in dict.fromkeys((part.column, part.executed)):
+                width = evidence.rows[key][0].shape[1] if key in evidence.rows else part.stop
+                if part.stop > width:
+                    where = f"{what} group {part.name!r}"
+                    found.append(Finding("error", "slices", where, f"dimensions {part.start}..{part.stop - 1} of {key}", f"a slice of its {width} dimensions", "correct the group's column, start or size"))
+    return found
+
+
 def finite(evidence: Evidence) -> list[Finding]:
     """Numbers that are none."""
     found = []
@@ -68,7 +83,7 @@ def labels(evidence: Evidence) -> list[Finding]:
     """Labels that are the state itself: a policy trained on them learns to stay where it is."""
     if not evidence.state or not evidence.action:
         return []
-    found, key = [], evidence.config.data.action
+    found = []
     cases: tuple[tuple[int, Level, str, str], ...] = (
         (
             0,
@@ -85,22 +100,36 @@ def labels(evidence: Evidence) -> list[Finding]:
         ),
     )
     for shift, level, words, remedy in cases:
-        same = [d for d in range(min(evidence.state[0].shape[1], evidence.action[0].shape[1])) if _coincide(evidence, d, shift) >= EQUAL]
+        same = [d for d, s in _pairs(evidence) if _coincide(evidence, d, s, shift) >= EQUAL]
         if same:
             found.append(
-                Finding(level, "labels", ", ".join(evidence.name(key, d) for d in same), f"equals {words} in at least {EQUAL:.0%} of rows", "commands", remedy)
+                Finding(level, "labels", ", ".join(evidence.part_of("action", d)[1] for d in same), f"equals {words} in at least {EQUAL:.0%} of rows", "commands", remedy)
             )
     return found
 
 
-def _coincide(evidence: Evidence, dimension: int, shift: int) -> float:
+def _pairs(evidence: Evidence) -> list[tuple[int, int]]:
+    """Dimensions of an action and of the state that may be the same quantity: those of a group and of the state that has its name (or that it is relative to), else by place."""
+    robot = evidence.units.robot
+    if not (robot.state_groups and robot.action_groups):
+        return [(d, d) for d in range(min(evidence.state[0].shape[1], evidence.action[0].shape[1]))]
+    states = {g.name: part.raw for g, part in zip(robot.state_groups, evidence.units.state, strict=True)}
+    pairs = []
+    for group, part in zip(robot.action_groups, evidence.units.action, strict=True):
+        own = states.get(group.relative_to or group.name)
+        if own is not None and own.stop - own.start == group.size:
+            pairs += list(zip(range(part.raw.start, part.raw.stop), range(own.start, own.stop), strict=True))
+    return pairs
+
+
+def _coincide(evidence: Evidence, dimension: int, of_state: int, shift: int) -> float:
     """Share of the rows in which the state moves, and action[i] = state[i + shift].  A dimension that never moves says nothing: 0."""
     equal = moving = 0
-    spread = np.ptp(np.concatenate([s[:, dimension] for s in evidence.state]))
+    spread = np.ptp(np.concatenate([s[:, of_state] for s in evidence.state]))
     if spread < SMALLEST_RANGE:
         return 0.0
     for state, action in zip(evidence.state, evidence.action, strict=True):
-        s, a = state[:, dimension], action[:, dimension]
+        s, a = state[:, of_state], action[:, dimension]
         if len(s) < 3:
             continue
         rows = np.arange(1, len(s) - 1)
@@ -162,7 +191,7 @@ def clipping(evidence: Evidence) -> list[Finding]:
     found: list[Finding] = []
     if not evidence.action:
         return found
-    key, rows = evidence.config.data.action, np.concatenate(evidence.action)
+    rows = np.concatenate(evidence.action)
     for d in range(rows.shape[1]):
         values = rows[:, d]
         if len(np.unique(values)) <= 3 or not np.isfinite(values).all():  # a switch, not a speed; or broken, which `finite` says
@@ -175,7 +204,7 @@ def clipping(evidence: Evidence) -> list[Finding]:
                 Finding(
                     level,
                     "clipping",
-                    evidence.name(key, d),
+                    evidence.part_of("action", d)[1],
                     f"{low:.0%} of rows at {values.min():.4g} and {high:.0%} at {values.max():.4g}",
                     f"less than {CLIPPED if level == 'warning' else AT_LIMIT:.0%} together",
                     "check that actions were not clipped when they were recorded or converted; a controller that saturates is faithful",
@@ -189,9 +218,12 @@ def gripper(evidence: Evidence) -> list[Finding]:
     found: list[Finding] = []
     if not evidence.state or not evidence.action:
         return found
-    key, actions, states = evidence.config.data.action, np.concatenate(evidence.action), np.concatenate(evidence.state)
+    actions, states = np.concatenate(evidence.action), np.concatenate(evidence.state)
+    marked = {group.name for group in evidence.units.robot.action_groups if group.gripper}
     for d in range(actions.shape[1]):
         values = np.unique(actions[:, d].round(4))
+        if len(values) > 2 and evidence.part_of("action", d)[0].name in marked:
+            values = values[[0, -1]]  # a gripper that is told how far
         if len(values) != 2:
             continue
         scores = np.stack(
@@ -202,13 +234,14 @@ def gripper(evidence: Evidence) -> list[Finding]:
         partner = int(np.argmax(np.abs(pooled) + [("grip" in n.lower()) for n in _padded(evidence, states.shape[1])]))
         if np.abs(scores[:, partner]).mean() < 0.3:
             continue
-        found += _polarity(evidence, key, d, partner, values, scores[:, partner], np.sign(pooled[partner]), states)
+        found += _polarity(evidence, d, partner, values, scores[:, partner], np.sign(pooled[partner]), states)
     return found
 
 
 def _padded(evidence: Evidence, width: int) -> list[str]:
-    names = dimension_names(evidence.dataset.info, evidence.config.data.state)
-    return (names + [""] * width)[:width]
+    """A name for every dimension of the state, that of its group included."""
+    named = (evidence.part_of("state", d) for d in range(width))
+    return [f"{part.name} {name}" for part, name in named]
 
 
 def _follows(switch: np.ndarray, state: np.ndarray, values: tuple[float, float], all_states: np.ndarray, fps: float) -> np.ndarray:
@@ -220,8 +253,8 @@ def _follows(switch: np.ndarray, state: np.ndarray, values: tuple[float, float],
     return np.asarray((on[: len(on) - later, None] * place[later:]).mean(0)) if len(on) > later else np.zeros(state.shape[1])
 
 
-def _polarity(evidence: Evidence, key: str, d: int, partner: int, values: np.ndarray, scores: np.ndarray, sign: float, states: np.ndarray) -> list[Finding]:
-    where = f"{evidence.name(key, d)} and {evidence.name(evidence.config.data.state, partner)}"
+def _polarity(evidence: Evidence, d: int, partner: int, values: np.ndarray, scores: np.ndarray, sign: float, states: np.ndarray) -> list[Finding]:
+    where = f"{evidence.part_of('action', d)[1]} and {evidence.part_of('state', partner)[1]}"
     against = np.flatnonzero(scores * sign < -0.5).tolist()
     if against:
         return [

@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from wam.config import Config
+from wam.config import Config, GroupConfig
 from wam.data.check.findings import Finding
 from wam.data.lerobot import LeRobotDataset
+from wam.data.units import Part, Units
 from wam.data.video import VideoDecoder, resize_frames
 
 THUMBNAIL = 128  # longest side of a frame that is shown
@@ -65,19 +67,37 @@ class Evidence:
     problems: list[Finding] = field(default_factory=list)
     checkpoint: Path | None = None
 
-    @property
-    def state(self) -> list[np.ndarray]:
-        """States of every episode; empty where they cannot be read."""
-        return self.rows.get(self.config.data.state, [])
+    @cached_property
+    def units(self) -> Units:
+        """What the columns mean to the config's robot."""
+        return Units.of(self.config.model.embodiment(self.config.data.embodiment), self.config.data)
 
-    @property
+    @cached_property
+    def state(self) -> list[np.ndarray]:
+        """States of every episode, group by group where the robot has groups; empty where they cannot be read."""
+        return self._joined(self.units.robot.state_groups, self.units.state)
+
+    @cached_property
     def action(self) -> list[np.ndarray]:
-        """Labels of every episode; empty where they cannot be read."""
-        return self.rows.get(self.config.data.action, [])
+        """Labels of every episode, likewise."""
+        return self._joined(self.units.robot.action_groups, self.units.action)
+
+    def _joined(self, groups: tuple[GroupConfig, ...], parts: tuple[Part, ...]) -> list[np.ndarray]:
+        if not groups:
+            return self.rows.get(parts[0].column, [])
+        if any(part.column not in self.rows or self.rows[part.column][0].shape[1] < part.stop for part in parts):
+            return []
+        return [np.concatenate(own, axis=1) for own in zip(*([x[:, part.start : part.stop] for x in self.rows[part.column]] for part in parts), strict=True)]
 
     def numbers(self) -> dict[str, np.ndarray]:
         """(rows, d) of every column of states and actions, all episodes one after the other."""
         return {key: np.concatenate(rows) for key, rows in self.rows.items() if key != TIMESTAMP}
+
+    def part_of(self, what: str, dimension: int) -> tuple[Part, str]:
+        """The group that a dimension of `state` or `action` belongs to, and the dimension's name: of the column where it lies, and of the group."""
+        parts: tuple[Part, ...] = getattr(self.units, what)
+        part = next((p for p in parts if dimension < p.raw.stop), parts[-1])
+        return part, self.name(part.column, part.start + dimension - part.raw.start)
 
     def name(self, key: str, dimension: int) -> str:
         """`action[3] (gripper)`, where the dataset names its dimensions."""
@@ -97,7 +117,8 @@ def gather(dataset: LeRobotDataset, config: Config, episodes: int = 16, checkpoi
     """Read what the checks need: all rows, and the frames of about `episodes` episodes."""
     problems: list[Finding] = []
     data = config.data
-    keys = dict.fromkeys(key for key in (data.state, data.action, data.executed_action) if key is not None)
+    units = Units.of(config.model.embodiment(data.embodiment), data)
+    keys = dict.fromkeys(key for part in (*units.state, *units.action) for key in (part.column, part.executed))
     rows = {key: found for key in keys if (found := _rows(dataset, key, problems))}
     if TIMESTAMP in dataset.features and (times := _rows(dataset, TIMESTAMP, problems)):
         rows[TIMESTAMP] = times

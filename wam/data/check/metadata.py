@@ -159,25 +159,28 @@ def _normalizer(evidence: Evidence) -> list[Finding]:
     path = evidence.checkpoint / NORMALIZER if evidence.checkpoint else None
     if path is None or not path.is_file():
         return []
-    found, normalizer = [], Normalizer.load(path)
-    for name, episodes in (("state", evidence.state), ("action", evidence.action)):
-        if not episodes or name not in normalizer.keys:
+    units = evidence.units
+    try:
+        found, normalizer = [], Normalizer.load(path, units.robot.name)
+    except ValueError as error:
+        return [Finding("error", "statistics", str(path), str(error), f"statistics of {units.robot.name!r}", "go on from a checkpoint of this robot, or fit new statistics")]
+    for name, episodes, width in (("state", evidence.state, units.robot.raw_state_dim), ("action", evidence.action, units.robot.raw_action_dim)):
+        if not episodes or name not in normalizer.keys or episodes[0].shape[1] != width:
             continue
-        rows = np.concatenate(episodes)
-        if rows.shape[1] != normalizer.dim(name):
+        if getattr(units, f"{name}_dim") != normalizer.dim(name):
             found.append(
                 Finding(
                     "error",
                     "statistics",
                     str(path),
                     f"{name} has {normalizer.dim(name)} dimensions",
-                    f"{rows.shape[1]}, as the dataset",
+                    f"{getattr(units, f'{name}_dim')}, as the dataset",
                     "go on from a checkpoint of this robot, or fit new statistics",
                 )
             )
             continue
-        stats, limit = normalizer.keys[name], normalizer.clip or 5.0
-        outside = (np.abs((rows - np.array(stats.center)) / np.array(stats.scale)) > limit).mean(0)
+        limit = normalizer.clip or 5.0
+        outside = _outside(evidence, name, normalizer, limit)
         bad = np.flatnonzero(outside > OUTSIDE)
         if len(bad):
             words = f"{outside[bad].max():.0%} of the rows lie beyond {limit:g} times the scale"
@@ -192,6 +195,20 @@ def _normalizer(evidence: Evidence) -> list[Finding]:
                 )
             )
     return found
+
+
+def _outside(evidence: Evidence, name: str, normalizer: Normalizer, limit: float) -> np.ndarray:
+    """(D,) share of the rows, in network units, beyond `limit` times the scale."""
+    rows: list[dict[str, np.ndarray]] = [{"state": s, "action": a} for s, a in zip(evidence.state or evidence.action, evidence.action or evidence.state, strict=True)]
+    stats, shares = normalizer.keys[name], []
+    for part in getattr(evidence.units, name):
+        if part.relative and not evidence.state:
+            shares.append(np.zeros(part.seen.stop - part.seen.start))
+            continue
+        seen = evidence.units.all_rows(name, part, rows, evidence.config.timeline)
+        center, scale = (np.array(values)[part.seen] for values in (stats.center, stats.scale))
+        shares.append((np.abs((seen - center) / scale) > limit).mean(0))
+    return np.concatenate(shares)
 
 
 def lora_base(evidence: Evidence) -> list[Finding]:

@@ -55,7 +55,7 @@ def check_dataset(root: Path, config: Config, episodes: int = 16, checkpoint: Pa
         FileNotFoundError: there is no dataset at all.
     """
     try:
-        dataset = LeRobotDataset(root)
+        dataset = LeRobotDataset(root, config.data.language)
     except (ValueError, OSError) as error:
         if not (root / "meta/info.json").is_file():
             raise
