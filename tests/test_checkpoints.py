@@ -37,7 +37,7 @@ def _saved(output: Path, *steps: int, keep: KeepConfig | None = None, values: di
     kept_here = Checkpoints(output, keep or KeepConfig(), "val/error", Alone())
     for step in steps:
         if values and step in values:
-            kept_here.validated(step, {"val/error": values[step]}, lambda folder, step=step: (folder / "weights").write_text(str(step)))
+            kept_here.validated(step, {"val/error": values[step]}, lambda step=step: lambda folder: (folder / "weights").write_text(str(step)))
         kept_here.save(step, _parts(step), {"processes": 1}, 100)
     return kept_here
 
@@ -70,7 +70,7 @@ def test_the_best_is_the_highest_where_the_config_says_so(tmp_path: Path) -> Non
 def test_a_metric_that_validation_does_not_have_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved = Checkpoints(tmp_path, KeepConfig(), "val/eror", Alone())
     for step in (1, 2):
-        assert not saved.validated(step, {"val/error": 1.0}, lambda folder: None)
+        assert not saved.validated(step, {"val/error": 1.0}, lambda: pytest.fail("nothing is the best"))
     assert len(caplog.records) == 1 and "training.best is 'val/eror'" in caplog.text and "it has val/error" in caplog.text
     assert saved.best is None and not (tmp_path / BEST).exists()
 

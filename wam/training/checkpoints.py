@@ -220,8 +220,11 @@ class Checkpoints:
         """A figure as a number of which less is better."""
         return -value if self.highest and value is not None else value
 
-    def validated(self, step: int, values: Mapping[str, float], policy: Callable[[Path], None]) -> bool:
-        """Take note of a validation; where it is the best so far, `policy(folder)` writes best/.  The same answer on every process."""
+    def validated(self, step: int, values: Mapping[str, float], policy: Callable[[], Callable[[Path], None]]) -> bool:
+        """Take note of a validation; where it is the best so far, best/ is written: every process calls `policy()`, the main one what it gives.
+
+        The same answer on every process.
+        """
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self.values = (step, finite)
         if self.metric is None or not values:
@@ -233,7 +236,8 @@ class Checkpoints:
         better = rank is not None and (best is None or rank < best)
         if self._any(self.together.is_main and better):  # one process decides: figures may differ in their last bit
             self.best = {"metric": self.metric, "step": step, "value": value}
-            self._guarded(step, size_of(self.output / BEST), lambda: self._policy(BEST, policy))
+            write = policy()
+            self._guarded(step, size_of(self.output / BEST), lambda: self._policy(BEST, write))
             return True
         return False
 

@@ -72,7 +72,7 @@ class Engine:
         check_batch(config, launch.world)
         kind = choose(config, launch)
         if kind != "single":
-            join(launch, timedelta(minutes=config.training.engine.timeout_minutes))
+            join(launch, timedelta(minutes=config.training.engine.timeout_minutes + 1))  # the watch, which knows who is late, speaks first
         if kind == "ddp":
             from wam.training.engine_ddp import DdpEngine
 

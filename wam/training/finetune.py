@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +66,21 @@ class Report:
             if items:
                 lines.append(f"  {what}: {', '.join(items[:8])}{f' and {len(items) - 8} more' if len(items) > 8 else ''}")
         return "\n".join(lines)
+
+
+def begin_from(config: Config, output: Path, is_main: bool, going_on: bool, model: WorldActionModel, codec: Codec, normalizer: Normalizer | None) -> None:
+    """Do what `training.finetune_from` asks for, in a new run; one that goes on reads only what is frozen there, which its own state does not hold.
+
+    Raises:
+        FileNotFoundError, ValueError: as `start_from`.
+    """
+    origin = config.training.finetune_from
+    if origin is None or (going_on and not _frozen(model)):
+        return
+    assert normalizer is not None
+    report = start_from(Path(origin), config, model, codec, normalizer)
+    if is_main and not going_on:
+        write_report(report, output)
 
 
 def start_from(folder: Path, config: Config, model: WorldActionModel, codec: Codec, normalizer: Normalizer) -> Report:
@@ -186,11 +200,6 @@ def _yaml(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def frozen(model: nn.Module) -> bool:
+def _frozen(model: nn.Module) -> bool:
     """Whether parts of a model do not train, so that they are not in its state."""
     return any(not parameter.requires_grad for parameter in model.parameters())
-
-
-def codec_tensors(codec: nn.Module) -> Mapping[str, Tensor]:
-    """What a codec was fitted to; nothing of a pretrained one."""
-    return codec.state_dict() if isinstance(codec, LinearCodec) else {}

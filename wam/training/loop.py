@@ -39,12 +39,14 @@ from wam.training.checkpoints import Checkpoints
 from wam.training.draws import Draws
 from wam.training.ema import Ema
 from wam.training.engine import Engine
+from wam.training.finetune import begin_from
 from wam.training.groups import freeze, set_rates
 from wam.training.guards import Guard, Unstable, diagnosis, save_evidence
 from wam.training.meters import Meters
 from wam.training.objective import Drawn, Losses, Objective, Supervised, take_rows
-from wam.training.state import CHECKPOINT, Position, bytes_of, facts_of, load_state, parts_of, prepare_folder
+from wam.training.state import CHECKPOINT, Position, bytes_of, facts_of, load_state, newest_step, parts_of, prepare_folder
 from wam.training.validation import HeldOut, validate
+from wam.training.watch import Watch, stop_requests, watching
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +64,19 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
     torch.manual_seed(config.training.seed)
     data, held_out = datasets(config)
     engine = Engine.of(config)
+    with watching(engine, config.training.engine.timeout_minutes * 60) as watch:
+        checkpoint = _train(config, output, resume, data, held_out, engine, watch)
+    engine.close()
+    return checkpoint
+
+
+def _train(config: Config, output: Path, resume: bool, data: WindowDataset, held_out: WindowDataset | None, engine: Engine, watch: Watch) -> Path:
     prepare_folder(output, engine, not resume)
+    going_on = newest_step(output, engine)
     codec, image = fit_codec(config, data).to(engine.device), make_image(config)
     model = build_model(config, str(engine.build_device), text_for(config, data))
     freeze(config, model)
+    begin_from(config, output, engine.is_main, going_on is not None, model, codec, data.normalizer)
     base = adapted_identity(model)
     if config.training.compile:
         compile_blocks(model)
@@ -73,18 +84,18 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
     autocast = torch.autocast(engine.device.type, torch.bfloat16, enabled=computes_in_bf16(config, engine.device))
     engine.prepare(model, Supervised(objective, autocast), config)
     ema = Ema(engine, config.training.ema_decay)
-    position = load_state(output, config, engine, ema, len(data)) or Position()
+    position = Position() if going_on is None else load_state(output, going_on, config, engine, ema, codec, len(data))
     if engine.is_main:
         save_config(config, output / "config.yaml")
-    return _Run(config, output, data, held_out, engine, objective, autocast, ema, base, position).go(position.step, position.elapsed)
+    return _Run(config, output, data, held_out, engine, objective, autocast, ema, base, position, watch).go(position.step, position.elapsed)
 
 
 class _Run:
     """One call of `train`: what the loop touches, and its steps."""
 
-    def __init__(self, config: Config, output: Path, data: WindowDataset, held_out: WindowDataset | None, engine: Engine, objective: Objective, autocast: torch.autocast, ema: Ema, base: str | None, position: Position):
+    def __init__(self, config: Config, output: Path, data: WindowDataset, held_out: WindowDataset | None, engine: Engine, objective: Objective, autocast: torch.autocast, ema: Ema, base: str | None, position: Position, watch: Watch):
         self.config, self.output, self.data, self.held_out, self.engine = config, output, data, held_out, engine
-        self.objective, self.autocast, self.ema = objective, autocast, ema
+        self.objective, self.autocast, self.ema, self.watch = objective, autocast, ema, watch
         self.model, self.codec, self.image = objective.model, objective.codec, objective.image
         self.rates, self.base = dict[str, float](), base
         self.guard = Guard(config.training.guards, position.guards)
@@ -92,15 +103,25 @@ class _Run:
         self.sampler = WindowSampler(len(data), config.training.batch_size, config.training.seed)
 
     def go(self, step: int, elapsed: float) -> Path:
-        """Train from `step` to the end; returns the checkpoint's directory."""
+        """Train from `step` to the end; returns the checkpoint's directory.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; what was done is saved.
+        """
+        with stop_requests() as asked:
+            return self._go(step, elapsed, asked)
+
+    def _go(self, step: int, elapsed: float, asked: Callable[[], bool]) -> Path:
         t = self.config.training
         begun, saved = time.monotonic() - elapsed, step or None
+        self.watch.at("start", step)
         meters = Meters.of(self.config, self.output, self.engine, self.objective, len(self.data), step)
         loader = iter(make_loader(self.data, self.sampler, self.config.data.workers, step, self.engine.rank, self.engine.world))
         self.model.train()
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # bf16 queries meet float32 norm weights: meant
         try:
-            while (progress := self._progress(step, begun)) < 1:
+            while (progress := self._progress(step, begun)) < 1 and not self._stops(asked()):
+                self.watch.at("data", step)
                 with meters.waiting():
                     batch = next(loader)
                 losses, norm = self._step(batch, step, progress)
@@ -116,13 +137,19 @@ class _Run:
                     with meters.aside("saving"):
                         self._save(step, time.monotonic() - begun, progress)
                     saved = step
-            if step % t.validate_every:
+            if step % t.validate_every and progress >= 1:
                 meters.record(step, self._validate(step))
         finally:
             meters.close()
         if saved != step:
             self._save(step, time.monotonic() - begun, progress)
+        if progress < 1:
+            raise KeyboardInterrupt(f"stopped after step {step}, which is saved; run the same command again to go on")
         return self.output / CHECKPOINT
+
+    def _stops(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all then stop after the same step."""
+        return bool(self.engine.sum(torch.tensor(float(asked))) > 0)
 
     def _progress(self, step: int, begun: float) -> float:
         t = self.config.training
@@ -133,6 +160,7 @@ class _Run:
         """One step; returns its errors and its gradient's norm, None where it was left out."""
         t = self.config.training
         self.rates = set_rates(t, self.engine.optimizer, step, progress)
+        self.watch.at("forward and backward", step)
         parts, denominator = self._parts(batch, step)
         weights, mean, losses = torch.tensor([t.video_weight, t.action_weight], device=self.engine.device), torch.zeros(2, device=self.engine.device), []
         for number, (rows, drawn) in enumerate(parts):
@@ -146,6 +174,7 @@ class _Run:
 
     def _update(self, batch: dict[str, Any], step: int, loss: float, losses: Losses) -> tuple[Losses, float | None]:
         """Apply the step's gradients, unless the guard is against it."""
+        self.watch.at("update", step)
         norm = float(self.engine.step(self.guard.largest_norm() if loss <= self.guard.largest_loss() else -math.inf))
         if (reason := self.guard.judge(loss, norm)) is not None:
             self._skip(step, reason, batch, losses)
@@ -180,8 +209,9 @@ class _Run:
             raise Unstable(diagnosis(self.output, self.guard.skipped, self.guard.config, max(self.rates.values())))
 
     def _validate(self, step: int) -> dict[str, float]:
+        self.watch.at("validation", step)
         values = self._validation(step)
-        self.checkpoints.validated(step, values, self._write_policy(step))
+        self.checkpoints.validated(step, values, lambda: self._write_policy(step))
         return values
 
     def _validation(self, step: int) -> dict[str, float]:
@@ -205,9 +235,10 @@ class _Run:
         return lambda folder: save_pretrained(policy, folder, weights, base=self.base)
 
     def _save(self, step: int, elapsed: float, progress: float) -> None:
+        self.watch.at("saving", step)
         position = Position(step, elapsed, self.guard.to_dict(), self.checkpoints.best)
         facts = facts_of(self.config, position, self.engine, len(self.data), self.engine.optimizer.param_groups[0]["lr"], progress)
-        self.checkpoints.save(step, parts_of(self.engine, self.ema), facts, bytes_of(self.model, self.ema), (CHECKPOINT, self._write_policy(step)))
+        self.checkpoints.save(step, parts_of(self.engine, self.ema, self.codec), facts, bytes_of(self.model, self.ema), (CHECKPOINT, self._write_policy(step)))
 
 
 def _dropout_seed(seed: int, step: int, part: int) -> int:

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wam.codec.codec import Codec
+from wam.codec.linear import LinearCodec
 from wam.config import Config, to_dict
 from wam.model.lora import trainable
 from wam.relations import best_figure
@@ -55,11 +57,12 @@ class Trained(Together, Protocol):
 # ------------------------------------------------------------------------------------------------ saving
 
 
-def parts_of(engine: Trained, ema: Ema) -> Parts:
-    """The files of a state and what is in them, gathered file by file as they are asked for."""
+def parts_of(engine: Trained, ema: Ema, codec: Codec) -> Parts:
+    """The files of a state and what is in them, gathered tensor by tensor as they are asked for."""
     yield "model", engine.trained_tensors().items()
     yield "ema", ema.state().items()
     yield "optimizer", engine.optimizer_state().items()
+    yield "codec", _fitted(codec).items()
     yield "random", _generators(engine).items()
 
 
@@ -67,6 +70,11 @@ def bytes_of(model: nn.Module, ema: Ema) -> int:
     """How much a state takes on disk: float32 weights, two moments, and the EMA."""
     sizes = [getattr(p, "ds_numel", p.numel()) for p in trainable(model).values()]  # whole, also where ZeRO-3 has cut it up
     return 4 * sum(sizes) * (4 if ema.decay else 3)
+
+
+def _fitted(codec: Codec) -> Mapping[str, Tensor]:
+    """What a codec was fitted to; nothing of a pretrained one, which is where the config says."""
+    return codec.state_dict() if isinstance(codec, LinearCodec) else {}
 
 
 def _generators(engine: Trained) -> dict[str, Tensor]:
@@ -114,15 +122,12 @@ def facts_of(config: Config, position: Position, engine: Trained, windows: int, 
     }
 
 
-def load_state(output: Path, config: Config, engine: Trained, ema: Ema, windows: int) -> Position | None:
-    """Restore the newest whole state; None where there is none.  Every process calls this.
+def load_state(output: Path, step: int, config: Config, engine: Trained, ema: Ema, codec: Codec, windows: int) -> Position:
+    """Restore the state of a step, in place.  Every process calls this.
 
     Raises:
-        ValueError: a damaged state, one of another format or of a run with another config or dataset, or processes that see different folders.
+        ValueError: a damaged state, or one of another format or of a run with another config or dataset.
     """
-    step = _agreed(output, engine)
-    if step is None:
-        return None
     folder = state_folder(output, step)
     manifest = _checked(folder, config, engine, windows)
     with read_part(folder, "model") as model, read_part(folder, "optimizer") as optimizer:
@@ -130,6 +135,9 @@ def load_state(output: Path, config: Config, engine: Trained, ema: Ema, windows:
     if ema.decay:
         with read_part(folder, "ema") as averages:
             ema.load(Stored(averages))
+    if isinstance(codec, LinearCodec):
+        with read_part(folder, "codec") as fitted:
+            codec.load_state_dict(dict(Stored(fitted)))
     if manifest["processes"] == engine.world:
         with read_part(folder, "random") as rows:
             _set_generators(Stored(rows), engine.rank)
@@ -158,8 +166,12 @@ class Stored(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _agreed(output: Path, engine: Trained) -> int | None:
-    """The newest step, which every process must see."""
+def newest_step(output: Path, engine: Trained) -> int | None:
+    """The newest state's step; None where there is none.  Every process calls this.
+
+    Raises:
+        ValueError: processes see different folders.
+    """
     found = states(output)
     step = found[-1] if found else -1
     mean = float(engine.sum(torch.tensor(float(step), dtype=torch.float64))) / engine.world

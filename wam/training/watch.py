@@ -156,7 +156,7 @@ class Watch:
             return
         if self._state == "running":
             self._say("done", "")
-        end = time.monotonic() + 10
+        end = time.monotonic() + (10 if self._state == "done" else 4 * self.pause)
         while self.rank == 0 and time.monotonic() < end and any(beat.state == "running" for rank, beat in self._beats.items() if rank):
             time.sleep(self.pause / 4)
         self._end.set()
@@ -229,6 +229,21 @@ class Watch:
         return " -> ".join(f"{os.path.basename(entry.filename)}:{entry.lineno} {entry.name}" for entry in entries) or "an unknown line"
 
 
+@contextlib.contextmanager
+def watching(group: Group, timeout: float) -> Iterator[Watch]:
+    """Watch while the block runs; an error in it that another process caused is raised as `LostProcess`."""
+    watch = Watch(group, timeout)
+    try:
+        yield watch
+    except Exception as error:
+        told = watch.explain(error)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        watch.close()
+
+
 # ------------------------------------------------------------------------------------------------ being asked to stop
 
 
@@ -238,10 +253,14 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     A second one stops at once.  Outside the main thread, where no signals arrive, the answer is always no.
     """
-    asked = False
+    asked, owner = False, os.getpid()
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if os.getpid() != owner:  # a worker that loads data, forked from here: the run decides when it ends
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if asked:
             raise KeyboardInterrupt
         asked = True
