@@ -108,5 +108,5 @@ def test_adapters_belong_to_the_policy_they_start_from(lab: Path, tmp_path: Path
     other = write_release(tmp_path / "release")
     convert("dreamzero", other, tmp_path / "other", Options(image_size=IMAGE["14b"]))
     config = load_config(CONFIG, [*overrides(lab, tmp_path / "run"), f"model.pretrained={tmp_path / 'other'}"])
-    with pytest.raises(ValueError, match="exclude each other.*set model.pretrained="):
+    with pytest.raises(ValueError, match=r"exclude each other.*set model.pretrained="):
         train(config, tmp_path / "run")
