@@ -10,6 +10,7 @@ import numpy as np
 from wam.data.check.evidence import Evidence, dimension_names
 from wam.data.check.findings import Finding, Level, some
 from wam.data.normalize import SMALLEST_RANGE
+from wam.data.rotations import convert
 
 EQUAL = 0.99  # share of rows that must coincide before labels count as copies of the state
 HEAVY = 5.0  # half-ranges (between the 1st and 99th percentile) from the middle
@@ -295,8 +296,12 @@ def _polarity(evidence: Evidence, d: int, partner: int, values: np.ndarray, scor
 
 
 def quaternions(evidence: Evidence) -> list[Finding]:
-    """Four neighbouring dimensions of unit norm that jump to their negative: the same rotation, but the other end of the numbers."""
+    """Four neighbouring dimensions of unit norm that jump to their negative: the same rotation, but the other end of the numbers.
+
+    A group that is said to be a quaternion is looked at as the network sees it: with one sign (w >= 0), or in another form that does not jump.
+    """
     found = []
+    groups = {(part.column, part.start): part for part in (*evidence.units.state, *evidence.units.action) if part.form.startswith("quaternion")}
     for key, episodes in evidence.rows.items():
         width = episodes[0].shape[1]
         for d in range(width - 3):
@@ -304,6 +309,10 @@ def quaternions(evidence: Evidence) -> list[Finding]:
             whole = np.concatenate(parts)
             if (np.abs(np.linalg.norm(whole, axis=1) - 1) > UNIT).mean() > 0.01 or np.ptp(whole, axis=0).max() < SMALLEST_RANGE:
                 continue
+            group = groups.get((key, d))
+            if group is not None and not group.seen_as.startswith("quaternion"):
+                continue
+            parts = parts if group is None else [convert(q, group.form, group.form) for q in parts]
             flips = {i: int(((q[1:] * q[:-1]).sum(1) < -0.5).sum()) for i, q in enumerate(parts)}
             bad = [i for i, count in flips.items() if count]
             if bad:
@@ -314,7 +323,7 @@ def quaternions(evidence: Evidence) -> list[Finding]:
                         f"{key}[{d}:{d + 4}]",
                         f"{sum(flips.values())} jumps from q to -q in the episodes {some(bad)}",
                         "neighbouring rows on one side",
-                        "turn the sign of a row that is nearer to the negative of the row before; or store rotations in 6 numbers",
+                        "say that they are a rotation, with network_rotation rotation_6d in a group of the robot's card; or turn the sign of a row that is nearer to the negative of the row before",
                     )
                 )
     return found
