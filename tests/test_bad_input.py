@@ -27,12 +27,12 @@ from tiny import SMALL, tiny_config, tiny_model
 
 from wam.cli import main, run_main
 from wam.codec.linear import LinearCodec
+from wam.data.mixture import training_data
 from wam.data.normalize import Normalizer
 from wam.evaluation import gl
 from wam.evaluation.workers import Worker, _interrupts_held_back
 from wam.files import atomic_path, writing
 from wam.pretrained import Policy, save_pretrained
-from wam.training.loop import datasets
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data/metaworld_sample"
 VIDEO = "videos/observation.images.corner4/chunk-000/file-000.mp4"
@@ -233,9 +233,9 @@ def long_blocks(k: int) -> tuple[str, ...]:
 
 def test_short_episodes_are_left_out_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     """Episodes 3, 4 and 5 have 83, 73 and 78 rows; 5 is held out, of a split whose others are long enough."""
-    with caplog.at_level(logging.WARNING, "wam.training.loop"):
-        data, held_out = datasets(tiny_config(*long_blocks(10)))
-    assert data.too_short == [4] and held_out is not None and held_out.too_short == [5]
+    with caplog.at_level(logging.WARNING, "wam.data.mixture"):
+        data = training_data(tiny_config(*long_blocks(10)))
+    assert [windows.too_short for windows in (data.parts["metaworld_sample"], data.held_out["metaworld_sample"])] == [[4], [5]]
     assert "1 of 8 training episodes are left out (4): shorter than one block, 80 + 1 rows" in caplog.text
     assert "1 of 4 validation episodes are left out (5)" in caplog.text
 

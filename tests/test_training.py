@@ -10,12 +10,14 @@ from tiny import SMALL
 
 from wam.config import Config, SamplingConfig, load_config
 from wam.data.dataset import collate
+from wam.data.mixture import training_data
 from wam.inference.session import Session
 from wam.model.wam import WorldActionModel
 from wam.pretrained import Policy, from_pretrained
 from wam.training import loop
+from wam.training.build import fit_codec
 from wam.training.checkpoints import state_folder
-from wam.training.loop import datasets, fit_codec, train
+from wam.training.loop import train
 from wam.training.objective import Objective
 
 SAMPLE = Path(__file__).parents[1] / "data" / "metaworld_sample"
@@ -88,10 +90,10 @@ def test_a_checkpoint_whose_config_does_not_match_is_refused(tmp_path: Path) -> 
 def test_mixing_modes_does_not_rescale_a_loss() -> None:
     """A batch's loss is a mean over supervised elements: video-only samples beside others leave the action loss as it was."""
     config = _config("training.modes={skip: 1, video: 1, action_only: 1}")
-    data, _ = datasets(config)
+    data = training_data(config)
     model = WorldActionModel(config)
     objective = Objective(config, model, fit_codec(config, data))
-    batch = collate([data[i] for i in (0, 5, 10, 15)])
+    batch = collate([data.windows[i] for i in (0, 5, 10, 15)])
     losses = objective(batch, torch.Generator().manual_seed(0), "video")
     assert float(losses.action().detach()) == 0 and losses.action_part.count_B.sum() == 0 and float(losses.video().detach()) > 0
     losses.video().backward()
@@ -104,9 +106,9 @@ def test_mixing_modes_does_not_rescale_a_loss() -> None:
 def _memorise(config: Config, steps: int) -> tuple[Policy, dict, Objective]:
     """Train on two windows of the sample until they are known by heart."""
     torch.manual_seed(0)
-    data, _ = datasets(config)
+    data = training_data(config)
     codec, model = fit_codec(config, data), WorldActionModel(config)
-    batch = collate([data[0], data[len(data) // 2]] * 6)
+    batch = collate([data.windows[0], data.windows[len(data) // 2]] * 6)
     objective, optimizer = Objective(config, model, codec), torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (steps - step) / (steps / 2))
@@ -115,8 +117,7 @@ def _memorise(config: Config, steps: int) -> tuple[Policy, dict, Objective]:
         (losses.video() + losses.action()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    assert data.normalizer is not None
-    policy = Policy(config, model.eval().requires_grad_(False), codec, data.normalizer.to_dict(), {"control_hz": 80})
+    policy = Policy(config, model.eval().requires_grad_(False), codec, data.normalizer, {"control_hz": 80})
     return policy, batch, objective
 
 

@@ -306,11 +306,14 @@ def _what_differs(directory: Path, settings: Settings) -> str:
     others = [(path, _read_json(path).get("settings") or {}) for path in sorted(directory.glob(f"*/{MANIFEST}"))]
     if not others:
         return f"data.latents: {directory} holds no encoded windows; make them with `wam cache` and this config, or set data.latents=null"
-    wanted = _flat(settings)
-    differing = {path: [name for name, value in wanted.items() if _flat(found).get(name) != value] for path, found in others}
-    path, found = min(others, key=lambda other: len(differing[other[0]]))
-    lines = [f"{name} is {_short(_flat(found).get(name))} there and {_short(wanted[name])} here" for name in differing[path]]
+    path, lines = min(((path, differences(found, settings)) for path, found in others), key=lambda other: len(other[1]))
     return f"data.latents: {directory} holds encoded windows of other settings. Nearest is {path.parent.name}: {'; '.join(lines)}; run `wam cache` with this config, or set data.latents=null"
+
+
+def differences(there: Settings, here: Settings) -> list[str]:
+    """What differs, a line for each setting."""
+    found, wanted = _flat(there), _flat(here)
+    return [f"{name} is {_short(found.get(name))} there and {_short(wanted.get(name))} here" for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
 
 
 def _flat(tree: Settings, before: str = "") -> dict[str, Any]:

@@ -177,6 +177,9 @@ class TrainingData:
     normalizers: dict[str, Normalizer]
     robot: str
 
+    def __len__(self) -> int:
+        return len(self.windows)
+
     @property
     def parts(self) -> dict[str, WindowDataset]:
         """What is trained on, by dataset."""
@@ -202,13 +205,13 @@ class TrainingData:
         own = [part for part in self.parts.values() if part.data.embodiment == self.robot and part.data.contents != "video"]
         return (own or list(self.parts.values()))[0].fps
 
-    def mean_action(self, robot: str | None = None) -> np.ndarray:
-        """The mean label of a robot (action_dim,), normalised: over its datasets, by their windows."""
-        own = [part for part in self.parts.values() if part.data.embodiment == (robot or self.robot) and part.data.contents != "video"]
-        if not own:
-            raise ValueError(f"no dataset has actions of {robot or self.robot!r}")
-        mean: np.ndarray = np.average([part.mean_action() for part in own], axis=0, weights=[len(part) for part in own]).astype(np.float32)
-        return mean
+    def mean_action(self, of: WindowDataset) -> np.ndarray:
+        """The mean label (action_dim,), normalised, of the robot of a dataset, over all its training windows; empty where the dataset has video alone."""
+        own = [part for part in self.parts.values() if part.data.embodiment == of.data.embodiment and part.data.contents != "video"]
+        if of.data.contents == "video" or not own:
+            return np.zeros(0, np.float32)
+        mean: np.ndarray = np.average([part.mean_action() for part in own], axis=0, weights=[len(part) for part in own])
+        return mean.astype(np.float32)
 
     def table(self, steps: int, batch_size: int) -> str:
         """Datasets, sizes, weights and how often each is gone through in a run of so many samples."""

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, Dataset
 
 from wam.codec.codec import Codec, make_codec
 from wam.codec.linear import LinearCodec
 from wam.config import Config
-from wam.data.dataset import WindowDataset
+from wam.data.dataset import Sample
+from wam.data.fitted import codec_path, fit_settings, read_fitted
+from wam.data.latents import use_latents
+from wam.data.mixture import TrainingData
 from wam.model.loading import model_from_backbone, new_names
 from wam.model.lora import apply_lora, base_identity, base_name, has_lora, is_adapter
 from wam.model.wam import WorldActionModel
@@ -25,27 +29,6 @@ from wam.text.cache import CachedText
 from wam.text.text import Text, make_text, prompts
 
 log = logging.getLogger(__name__)
-
-
-def datasets(config: Config) -> tuple[WindowDataset, WindowDataset | None]:
-    """Training windows and held-out windows (None where nothing is held out), normalised by the training rows' statistics."""
-    robot = config.model.embodiment(config.data.embodiment)
-    data = WindowDataset(config.data, config.timeline, "train", image_size=config.codec.image_size, robot=robot)
-    _report_left_out(data, "training")
-    normalizer = data.fit_normalizer()
-    data.normalizer = normalizer
-    if config.data.validation_fraction == 0:
-        return data, None
-    held_out = WindowDataset(config.data, config.timeline, "validation", normalizer, image_size=config.codec.image_size, robot=robot)
-    _report_left_out(held_out, "validation")
-    return data, held_out
-
-
-def _report_left_out(data: WindowDataset, split: str) -> None:
-    if data.too_short:
-        some = ", ".join(map(str, data.too_short[:8])) + (", ..." if len(data.too_short) > 8 else "")
-        a, count = data.timeline.actions_per_block, len(data.too_short)
-        log.warning("%d of %d %s episodes are left out (%s): shorter than one block, %d + 1 rows", count, count + len(data.episodes), split, some, a)
 
 
 def build_model(config: Config, device: str, text: Text | None = None) -> WorldActionModel:
@@ -63,27 +46,57 @@ def build_model(config: Config, device: str, text: Text | None = None) -> WorldA
     return model
 
 
-def text_for(config: Config, data: WindowDataset) -> Text | None:
-    """A pretrained text encoder, with a dataset's instructions embedded beforehand where they are kept on disk; None for the embedded one."""
+def text_for(config: Config, data: TrainingData) -> Text | None:
+    """A pretrained text encoder, with the data's instructions embedded beforehand where they are kept on disk; None for the embedded one."""
     if config.text.kind == "bytes":
         return None
     text = make_text(config.text)
     if isinstance(text, CachedText):
-        text.precompute([*prompts(data.instructions, config.template(config.data.embodiment)), *([""] if config.training.text_dropout else [])])
+        text.precompute(texts_of(config, data))
         text.release()
     return text
 
 
-def fit_codec(config: Config, data: WindowDataset) -> Codec:
-    """The pretrained codec, or the linear one of a dataset, fitted on groups of frames as they occur in windows."""
+def texts_of(config: Config, data: TrainingData) -> list[str]:
+    """Every text that a run embeds: each dataset's instructions as its robot is told them, and nothing, where instructions are dropped."""
+    told = [text for part in [*data.parts.values(), *data.held_out.values()] for text in prompts(part.instructions, config.template(part.data.embodiment))]
+    return list(dict.fromkeys([*told, *([""] if config.training.text_dropout else [])]))
+
+
+def codec_for(config: Config, data: TrainingData) -> Codec:
+    """The codec of a run; where its windows were encoded beforehand (`data.latents`), samples have the latents from here on.
+
+    Raises:
+        LatentError: what was encoded is of other settings, not whole, or not there.
+    """
+    directory = next((d.latents for d in config.sources if d.latents is not None), None)
+    if directory is None:
+        return fit_codec(config, data)
+    codec = make_codec(config.codec)
+    if isinstance(codec, LinearCodec):
+        settings = fit_settings(config, data, Path(directory))
+        codec = read_fitted(codec_path(Path(directory), settings), codec, settings)
+    for windows in [*data.parts.values(), *data.held_out.values()]:
+        use_latents(windows, config.codec, codec, needs_pixels(config))
+    return codec
+
+
+def needs_pixels(config: Config) -> bool:
+    """Whether the network sees frames beside their latents."""
+    return config.image.kind != "none" or config.model.first_frame == "concat" or config.model.goal_image
+
+
+def fit_codec(config: Config, data: TrainingData) -> Codec:
+    """The pretrained codec, or the linear one of all datasets with pictures, fitted on groups of frames as they occur in windows."""
     codec = make_codec(config.codec)
     if not isinstance(codec, LinearCodec):
         return codec
     rng = np.random.default_rng(config.training.seed)
     stride = config.timeline.temporal_stride
     wanted = max(1, config.codec.fit_frames // stride // config.timeline.blocks)
-    chosen = rng.choice(len(data), size=min(wanted, len(data)), replace=False)
-    clips = [torch.as_tensor(data[int(i)]["frames"])[1:].unflatten(0, (-1, stride)) for i in chosen]
+    seen: Dataset[Sample] = ConcatDataset([part for part in data.parts.values() if part.data.contents != "action"])
+    chosen = rng.choice(len(seen), size=min(wanted, len(seen)), replace=False)  # type: ignore[arg-type]
+    clips = [torch.as_tensor(seen[int(i)]["frames"])[1:].unflatten(0, (-1, stride)) for i in chosen]
     codec.fit(torch.cat(clips))
     return codec
 

@@ -30,12 +30,13 @@ from torch import Tensor
 
 from wam.codec.codec import make_image
 from wam.config import Config, save_config
-from wam.data.dataset import WindowDataset
-from wam.data.sampler import WindowSampler, make_loader
+from wam.data.mixture import TrainingData, training_data
+from wam.data.sampler import make_loader
 from wam.pretrained import Policy, save_pretrained
 from wam.relations import Relations, best_figure
-from wam.training.build import adapted_identity, build_model, compile_blocks, computes_in_bf16, datasets, fit_codec, text_for
+from wam.training.build import adapted_identity, build_model, codec_for, compile_blocks, computes_in_bf16, text_for
 from wam.training.checkpoints import Checkpoints
+from wam.training.curves import draw_at_end
 from wam.training.draws import Draws
 from wam.training.ema import Ema
 from wam.training.engine import Engine
@@ -62,21 +63,22 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
     for mode in config.training.modes:
         relations.mode(mode)  # an unknown one, and one that leaks in this table, shows before anything is read
     torch.manual_seed(config.training.seed)
-    data, held_out = datasets(config)
+    data = training_data(config)
+    log.info("trained on:\n%s", data.table(config.training.steps, config.training.batch_size))
     engine = Engine.of(config)
     with watching(engine, config.training.engine.timeout_minutes * 60) as watch:
-        checkpoint = _train(config, output, resume, data, held_out, engine, watch)
+        checkpoint = _train(config, output, resume, data, engine, watch)
     engine.close()
     return checkpoint
 
 
-def _train(config: Config, output: Path, resume: bool, data: WindowDataset, held_out: WindowDataset | None, engine: Engine, watch: Watch) -> Path:
+def _train(config: Config, output: Path, resume: bool, data: TrainingData, engine: Engine, watch: Watch) -> Path:
     prepare_folder(output, engine, not resume)
     going_on = newest_step(output, engine)
-    codec, image = fit_codec(config, data).to(engine.device), make_image(config)
+    codec, image = codec_for(config, data).to(engine.device), make_image(config)
     model = build_model(config, str(engine.build_device), text_for(config, data))
     freeze(config, model)
-    begin_from(config, output, engine.is_main, going_on is not None, model, codec, data.normalizer)
+    begin_from(config, output, engine.is_main, going_on is not None, model, codec, data.normalizers.get(config.data.embodiment))
     base = adapted_identity(model)
     if config.training.compile:
         compile_blocks(model)
@@ -87,20 +89,20 @@ def _train(config: Config, output: Path, resume: bool, data: WindowDataset, held
     position = Position() if going_on is None else load_state(output, going_on, config, engine, ema, codec, len(data))
     if engine.is_main:
         save_config(config, output / "config.yaml")
-    return _Run(config, output, data, held_out, engine, objective, autocast, ema, base, position, watch).go(position.step, position.elapsed)
+    return _Run(config, output, data, engine, objective, autocast, ema, base, position, watch).go(position.step, position.elapsed)
 
 
 class _Run:
     """One call of `train`: what the loop touches, and its steps."""
 
-    def __init__(self, config: Config, output: Path, data: WindowDataset, held_out: WindowDataset | None, engine: Engine, objective: Objective, autocast: torch.autocast, ema: Ema, base: str | None, position: Position, watch: Watch):
-        self.config, self.output, self.data, self.held_out, self.engine = config, output, data, held_out, engine
+    def __init__(self, config: Config, output: Path, data: TrainingData, engine: Engine, objective: Objective, autocast: torch.autocast, ema: Ema, base: str | None, position: Position, watch: Watch):
+        self.config, self.output, self.data, self.engine = config, output, data, engine
         self.objective, self.autocast, self.ema, self.watch = objective, autocast, ema, watch
         self.model, self.codec, self.image = objective.model, objective.codec, objective.image
         self.rates, self.base = dict[str, float](), base
         self.guard = Guard(config.training.guards, position.guards)
         self.checkpoints = Checkpoints(output, config.training.keep, best_figure(config), engine, position.best, highest=config.training.best_is == "highest")
-        self.sampler = WindowSampler(len(data), config.training.batch_size, config.training.seed)
+        self.sampler = data.sampler(config.training.batch_size, config.training.seed)
 
     def go(self, step: int, elapsed: float) -> Path:
         """Train from `step` to the end; returns the checkpoint's directory.
@@ -116,7 +118,7 @@ class _Run:
         begun, saved = time.monotonic() - elapsed, step or None
         self.watch.at("start", step)
         meters = Meters.of(self.config, self.output, self.engine, self.objective, len(self.data), step)
-        loader = iter(make_loader(self.data, self.sampler, self.config.data.workers, step, self.engine.rank, self.engine.world))
+        loader = iter(make_loader(self.data.windows, self.sampler, self.config.data.workers, step, self.engine.rank, self.engine.world))
         self.model.train()
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # bf16 queries meet float32 norm weights: meant
         try:
@@ -141,6 +143,8 @@ class _Run:
                 meters.record(step, self._validate(step))
         finally:
             meters.close()
+        if self.engine.is_main and progress >= 1:
+            draw_at_end(self.output)
         if saved != step:
             self._save(step, time.monotonic() - begun, progress)
         if progress < 1:
@@ -216,21 +220,16 @@ class _Run:
 
     def _validation(self, step: int) -> dict[str, float]:
         """Figures of the averaged weights on held-out windows."""
-        if self.held_out is None or len(self.held_out) == 0:
+        parts = [HeldOut(name, windows, torch.as_tensor(self.data.mean_action(windows))) for name, windows in self.data.held_out.items()]
+        if not parts:
             return {}
-        parts = [HeldOut("held_out", self.held_out, self._mean_action())]
         with self.engine.showing(self.ema), self.autocast:
             return validate(self.objective, parts, self.engine, self.output / "validation" / f"step-{step:08d}.png")
 
-    def _mean_action(self) -> Tensor:
-        return torch.as_tensor(self.data.mean_action())
-
     def _write_policy(self, step: int) -> Callable[[Path], None]:
         """What writes the policy of this moment into a folder, on the main process; all gather its weights."""
-        normalizer = self.data.normalizer
-        assert normalizer is not None
-        meta = {"step": step, "control_hz": self.data.fps, "tasks": self.data.instructions, "source": self.data.source}
-        policy = Policy(self.config, self.model, self.codec, normalizer.to_dict(), meta, self.image)
+        meta = {"step": step, "control_hz": self.data.control_hz, "tasks": self.data.windows.instructions, "source": self.data.windows.source}
+        policy = Policy(self.config, self.model, self.codec, self.data.normalizer, meta, self.image)
         weights = self.engine.weights(self.ema)
         return lambda folder: save_pretrained(policy, folder, weights, base=self.base)
 
