@@ -26,7 +26,6 @@ from tqdm import tqdm
 from wam.config import Config, to_dict
 from wam.files import write_text_atomic, writing
 from wam.model.flops import training_flops
-from wam.relations import Reach
 from wam.training.build import computes_in_bf16
 from wam.training.engine import Engine
 from wam.training.objective import Losses, Objective
@@ -43,6 +42,7 @@ class Counts:
     steps: int = 0
     skipped: int = 0
     samples: int = 0
+    tokens: int = 0
     flops: int = 0
     seconds: float = 0.0
     waited: float = 0.0
@@ -53,20 +53,20 @@ class Meters:
     """See the module's docstring.  Every process has one; the main one shows and writes.
 
     Attributes:
-        tokens: of a window in the network, clean and noisy copy together.
-        flops_of: forward and backward of a window, by mode; and of an instruction.
         windows: in the dataset: an epoch.
+        work: of layouts that occurred (`Objective.lay`): tokens of a window in the network, clean and noisy copy together; FLOPs of forward
+            and backward of a window, by mode; and of an instruction.
     """
 
     config: Config
     engine: Engine
-    tokens: int
-    flops_of: tuple[dict[str, int], int]
+    objective: Objective
     rate: Rate | None
     windows: int
     writers: Writers
     tally: Tally
     bar: Any
+    work: dict[frozenset[int], tuple[int, dict[str, int], int]] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
     skipped: int = 0
     shown: dict[str, float] = field(default_factory=dict)
@@ -82,13 +82,12 @@ class Meters:
         Raises:
             ImportError: W&B is asked for and not installed.
         """
-        t, model = config.training, objective.model
+        t = config.training
         dtype = torch.bfloat16 if computes_in_bf16(config, engine.device) else torch.float32
         rate = device_rate(engine.device, dtype, output / RATE) if engine.is_main else None
-        flops = training_flops(config, objective.layout, objective.modes, Reach.of(config.timeline))
         bar = tqdm(total=t.steps, initial=start, desc="train", disable=not engine.is_main, dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
-        tally = Tally(list(t.modes), model.device, t.reduction)
-        return Meters(config, engine, len(objective.layout), flops, rate, windows, Writers.of(config, output, start) if engine.is_main else Writers(), tally, bar)
+        tally = Tally(list(t.modes), engine.device, t.reduction)
+        return Meters(config, engine, objective, rate, windows, Writers.of(config, output, start) if engine.is_main else Writers(), tally, bar)
 
     # ------------------------------------------------------------------------------------------ while a step goes on
 
@@ -110,11 +109,20 @@ class Meters:
 
     def batch(self, losses: Losses, instructions: list[str], counts: bool = True) -> None:
         """Take in a batch: its work, and where the step counts its errors."""
-        by_mode, instruction = self.flops_of
         self.counts.samples += len(losses.modes)
-        self.counts.flops += sum(by_mode[m] for m in losses.modes) + instruction * len(set(instructions))
+        for mode, among in zip(losses.modes, losses.among, strict=True):
+            tokens, by_mode, instruction = self._work(among)
+            self.counts.tokens += tokens
+            self.counts.flops += by_mode[mode]
+        self.counts.flops += instruction * len(set(instructions))
         if counts:
             self.tally.add(losses)
+
+    def _work(self, among: frozenset[int]) -> tuple[int, dict[str, int], int]:
+        if among not in self.work:
+            laid = self.objective.lay(among)
+            self.work[among] = (len(laid.layout), *training_flops(self.config, laid.layout, [self.objective.modes[i] for i in laid.modes], self.objective.reach))
+        return self.work[among]
 
     def advance(self, progress: float, norm: torch.Tensor | float | None) -> None:
         """The step is over: the bar moves on.
@@ -156,11 +164,11 @@ class Meters:
         c, world = self.counts, self.engine.world
         memory = torch.zeros(world, dtype=torch.float64)
         memory[self.engine.rank] = peak_memory(self.engine.device)
-        mine = torch.tensor([c.samples, c.flops, c.seconds + time.perf_counter() - begun, c.waited, *memory.tolist()], dtype=torch.float64)
-        samples, flops, seconds, waited, *peaks = self.engine.sum(mine.to(self.tally.device)).tolist()
+        mine = torch.tensor([c.samples, c.tokens, c.flops, c.seconds + time.perf_counter() - begun, c.waited, *memory.tolist()], dtype=torch.float64)
+        samples, tokens, flops, seconds, waited, *peaks = self.engine.sum(mine.to(self.tally.device)).tolist()
         seconds, waited = max(seconds / world, 1e-9), waited / world
         self.counts = Counts()
-        out = {**losses, "samples_per_second": samples / seconds, "tokens_per_second": samples * self.tokens / seconds, "steps_per_second": c.steps / seconds, "share/data": waited / seconds}
+        out = {**losses, "samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds, "steps_per_second": c.steps / seconds, "share/data": waited / seconds}
         out |= {"peak_memory_gb": max(peaks) / 1e9, "flops_per_second": flops / seconds} | self._utilisation(flops / seconds)
         out |= {f"share/{name}": spent / (time.perf_counter() - self.begun) for name, spent in self.apart.items()}
         out |= {f"learning_rate/{name}": value for name, value in rates.items()} | {f"grad_norm/{name}": value for name, value in zip(norms, torch.stack(list(norms.values())).tolist() if norms else [], strict=True)}

@@ -88,12 +88,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Losses:
-    """Errors of a batch; `modes` is each sample's."""
+    """Errors of a batch; `modes` is each sample's, `among` the modes whose tokens were laid out for it (`Objective.lay`)."""
 
     modes: list[str]
     video_part: Part
     action_part: Part
     reduction: str = "supervised"
+    among: tuple[frozenset[int], ...] = ()
 
     @staticmethod
     def cat(parts: Sequence[Losses]) -> Losses:
@@ -101,7 +102,7 @@ class Losses:
         if len(parts) == 1:
             return parts[0]
         video, action = (Part.cat([getattr(part, name) for part in parts]) for name in ("video_part", "action_part"))
-        return Losses([mode for part in parts for mode in part.modes], video, action, parts[0].reduction)
+        return Losses([mode for part in parts for mode in part.modes], video, action, parts[0].reduction, tuple(among for part in parts for among in part.among))
 
     def video(self) -> Tensor:
         """The loss of the video velocity (0 when none is supervised)."""
@@ -265,7 +266,7 @@ class Objective:
     def assemble(self, drawn: Drawn, errors: Errors) -> Losses:
         """Losses from what was drawn and the errors it led to."""
         parts = [replace(part.to(errors[0].device), sum_B=errors[i], error_BU=errors[2 + i]) for i, part in enumerate(drawn.counts())]
-        return Losses([self.modes[i].name for i in drawn.modes], parts[0], parts[1], self.config.training.reduction)
+        return Losses([self.modes[i].name for i in drawn.modes], parts[0], parts[1], self.config.training.reduction, (drawn.among,) * len(drawn.modes))
 
     def _video_weight(self, sigma_BF: Tensor) -> Tensor:
         """The level's weight; a head that puts out the data is judged on the data: its velocity's error is 1 / sigma times larger."""
@@ -311,10 +312,12 @@ class Objective:
         return window, velocity_target(future, noise[1]), velocity_target(action, noise[2])
 
     def latents_of(self, batch: dict[str, Any]) -> Tensor:
-        """A batch's latents (B, C, F, h, w) on the device: its own, where it brings them, or its frames'."""
+        """A batch's latents (B, C, F, h, w) on the device: its own, where it brings them, or its frames', encoded in the codec's own precision."""
+        device = self.model.device
         if batch.get("latents") is not None:
-            return batch["latents"].to(self.model.device).float()
-        return self.codec.encode(_frames(batch).to(self.model.device))
+            return batch["latents"].to(device).float()
+        with torch.autocast(device.type, enabled=False):
+            return self.codec.encode(_frames(batch).to(device))
 
     def embodiments(self, batch: dict[str, Any]) -> Tensor:
         """(B,) which embodiment's weights each sample uses; of one without actions that the model does not know, the first's, which it never asks.
