@@ -104,7 +104,7 @@ def backend_unknown() -> Iterator[None]:
         ("training.max_minutes=0", "training.max_minutes is 0.0; expected minutes above 0"),
         ("training.betas=[0.9, 1.5]", "training.betas is [0.9, 1.5]"),
         ("training.seed=-1", "training.seed is -1"),
-        ("training.modes={skip: .inf}", "training.modes is {'skip': inf}"),
+        ("training.modes={skip: .inf}", "training.modes.skip is inf; expected a finite number"),
         ("training.modes={skp: 1}", "unknown mode 'skp'; did you mean 'skip'?"),
         ("rollout.replan=3", "use a multiple of 2"),
         ("training.steps.x=3", "steps is"),

@@ -78,7 +78,8 @@ class CollectConfig:
         for name in ("episodes_per_task", "image_size", "max_steps", "workers"):
             _require(getattr(self, name) >= 1, f"collect.{name} is {getattr(self, name)}", "it must be at least 1")
         _require(self.image_size % 2 == 0, f"collect.image_size is {self.image_size}", "H.264 with 4:2:0 colour needs an even size")
-        _require(self.steps_after_success >= 0, f"collect.steps_after_success is {self.steps_after_success}", "it must be at least 0")
+        for name in ("steps_after_success", "seed"):
+            _require(getattr(self, name) >= 0, f"collect.{name} is {getattr(self, name)}", "it must be at least 0")
         _require(self.action_noise >= 0, f"collect.action_noise is {self.action_noise}", "a standard deviation cannot be negative")
 
 
@@ -100,6 +101,9 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         for name in ("episodes", "steps", "max_steps", "batch", "workers"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, f"rollout.{name} is {getattr(self, name)}", "it must be at least 1")
+        for name in ("seed", "videos"):
+            _require(getattr(self, name) >= 0, f"rollout.{name} is {getattr(self, name)}", "it must be at least 0")
+        _require(len(self.modes) > 0, "rollout.modes is empty", "name at least one mode, e.g. skip; `wam relations` lists them")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ class ImagineConfig:
     def __post_init__(self) -> None:
         for name in ("clips", "blocks", "steps"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, f"imagine.{name} is {getattr(self, name)}", "it must be at least 1")
+        for name in ("seed", "videos"):
+            _require(getattr(self, name) >= 0, f"imagine.{name} is {getattr(self, name)}", "it must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"model.lora.rank is {self.rank}", "it must be at least 1")
+        require(0 < self.alpha < math.inf, f"model.lora.alpha is {self.alpha}", "it must be positive; as large as the rank leaves the update as it is")
+        require(0 <= self.dropout < 1, f"model.lora.dropout is {self.dropout}", "a probability of dropping lies in 0 <= p < 1")
         require(len(self.targets) > 0, "model.lora.targets is empty", "name at least one linear layer, e.g. to_q")
 
 

@@ -31,7 +31,7 @@ class LevelsConfig:
     weighting: Literal["none", "bump"] = "none"  # loss weight of a level
 
     def __post_init__(self) -> None:
-        where = "noise: levels'"
+        where = "levels:"
         for name in ("at_zero", "at_one"):
             require(0 <= getattr(self, name) <= 1, f"{where} {name} is {getattr(self, name)}", "a probability lies in 0..1")
         require(self.at_zero + self.at_one <= 1, f"{where} at_zero {self.at_zero} + at_one {self.at_one} is above 1", "lower one of them")

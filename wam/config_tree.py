@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import reprlib
@@ -55,9 +56,15 @@ def show(value: Any) -> str:
     return short.repr(value)
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a section's fields; working them out is most of what reading a config takes."""
+    return typing.get_type_hints(cls)
+
+
 def overlay(cls: Any, below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` over `below`: sections are merged key by key, everything else (lists, tables of modes or cells) is replaced whole."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     out = dict(below)
     for key, value in above.items():
         kind = hints.get(key)
@@ -86,7 +93,7 @@ def from_dict(cls: type[T], tree: Any, where: str = "") -> T:
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where or 'the config'} is {show(tree)}; expected a section with keys {names(cls)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(typing.cast(typing.Any, cls))
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in tree.items():
@@ -100,7 +107,7 @@ def from_dict(cls: type[T], tree: Any, where: str = "") -> T:
     try:
         return cls(**values)
     except ConfigError as error:
-        if re.sub(r"\[\d+\]", "", where) in str(error):
+        if str(error).startswith(re.sub(r"\[\d+\]", "", where)):
             raise
         raise ConfigError(f"{where}: {error}") from error  # a section that stands in several places does not know where it is
 
