@@ -17,6 +17,7 @@ from typing import Literal
 from wam.config_tree import require
 
 Rotation = Literal["none", "quaternion", "quaternion_wxyz", "euler", "axis_angle", "rotation_6d"]
+STATISTICS = "embodiments"  # the key under which a checkpoint's normalizer.json has each robot's statistics by name
 INSTRUCTION = ("{instruction}", "{instruction:lower}")  # where a template takes the instruction
 ROTATION_SIZE = {"quaternion": 4, "quaternion_wxyz": 4, "euler": 3, "axis_angle": 3, "rotation_6d": 6}
 

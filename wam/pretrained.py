@@ -28,7 +28,7 @@ from wam.codec.codec import IMAGE_ENCODER, Codec, make_codec, make_image
 from wam.codec.linear import LinearCodec
 from wam.codec.wan import WanCodec
 from wam.config import Config, load_config, save_config
-from wam.data.normalize import EMBODIMENTS
+from wam.config_robot import STATISTICS
 from wam.files import write_json_atomic
 from wam.model.loading import local_folder, model_from_backbone
 from wam.model.lora import apply_lora, base_dtype, base_identity, base_name, has_lora, is_adapter, load_adapter, merge_lora, save_adapter, trainable
@@ -164,7 +164,7 @@ def from_pretrained(path_or_repo: str | Path, device: str = "cpu", dtype: torch.
     meta = _read_json(directory / META, ("format", "control_hz"))
     _check_format(directory, meta)
     normalizer = _read_json(directory / NORMALIZER, ())
-    if EMBODIMENTS not in normalizer:
+    if STATISTICS not in normalizer:
         normalizer = _read_json(directory / NORMALIZER, ("version", "method", "clip", "keys"))
     config = load_config(directory / CONFIG)
     try:

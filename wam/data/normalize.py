@@ -28,13 +28,13 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from torch import Tensor
 
+from wam.config_robot import STATISTICS
 from wam.files import write_json_atomic
 
 Method = Literal["quantile", "mean_std", "min_max", "none"]
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 VERSION, BY_DIMENSION = 1, 2  # of what `to_dict` writes: one method and clip for all; or some dimensions have their own
-EMBODIMENTS = "embodiments"  # the key under which a file of several robots has each one's
 CLIP: dict[Method, float | None] = {"quantile": 1.5, "min_max": 1.5, "mean_std": None, "none": None}
 SMALLEST_RANGE = 1e-4  # of a dimension that counts as moving, in its own units
 
@@ -177,7 +177,7 @@ class Normalizer:
 
 def by_embodiment(normalizers: Mapping[str, Normalizer]) -> dict[str, Any]:
     """Statistics of several robots by name, for JSON."""
-    return {EMBODIMENTS: {name: normalizer.to_dict() for name, normalizer in normalizers.items()}}
+    return {STATISTICS: {name: normalizer.to_dict() for name, normalizer in normalizers.items()}}
 
 
 def normalizer_for(tree: Mapping[str, Any], embodiment: str | None) -> Normalizer:
@@ -189,7 +189,7 @@ def normalizer_for(tree: Mapping[str, Any], embodiment: str | None) -> Normalize
     Raises:
         ValueError: there are none of that robot, or several and none was named.
     """
-    robots = tree.get(EMBODIMENTS)
+    robots = tree.get(STATISTICS)
     if robots is None:
         return Normalizer.from_dict(tree)
     if not isinstance(robots, dict) or not robots:
