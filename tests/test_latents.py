@@ -18,7 +18,10 @@ from tiny import tiny_codec, tiny_config
 from wam.config import Config
 from wam.data.dataset import WindowDataset, collate
 from wam.data.latents import LatentError, cache_of, content_of, use_latents
-from wam.training.caches import build_latents
+from wam.data.mixture import training_data
+from wam.training.build import codec_for
+from wam.training.caches import build_latents, cache
+from wam.training.loop import train
 
 LENGTHS = (30, 26, 12, 33)
 
@@ -37,7 +40,7 @@ def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cache(built: Path, tmp_path: Path) -> Path:
+def copied(built: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(built, tmp_path / "cache"))
 
@@ -83,20 +86,20 @@ def test_latents_are_what_would_have_been_encoded(root: Path, built: Path) -> No
             np.testing.assert_array_equal(plain[3][key], cached[3][key])  # type: ignore[literal-required]
 
 
-def test_a_killed_build_goes_on_and_a_damaged_file_is_made_again(root: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    c, before = config(root), {path.name: load(path.read_bytes()) for path in files(cache)}
-    kept, cut, altered, gone = files(cache)
+def test_a_killed_build_goes_on_and_a_damaged_file_is_made_again(root: Path, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    c, before = config(root), {path.name: load(path.read_bytes()) for path in files(copied)}
+    kept, cut, altered, gone = files(copied)
     cut.write_bytes(cut.read_bytes()[:-100])
     alter(altered)
     gone.unlink()
     (kept.parent / f".{gone.stem}.abc.safetensors").write_bytes(b"half a file")  # what a killed writer leaves
     inode = kept.stat().st_ino
-    made = build_latents(splits(c), c, tiny_codec(c.codec), cache, 2)
+    made = build_latents(splits(c), c, tiny_codec(c.codec), copied, 2)
     assert (made.made, made.kept) == (3, 1) and kept.stat().st_ino == inode
     for name, tensors in before.items():
         again = load(kept.with_name(name).read_bytes())
         assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()), "workers make the same"
-    assert "all verified" in str(build_latents(splits(c), c, tiny_codec(c.codec), cache, 0))
+    assert "all verified" in str(build_latents(splits(c), c, tiny_codec(c.codec), copied, 0))
 
 
 @pytest.mark.parametrize(
@@ -108,26 +111,26 @@ def test_a_killed_build_goes_on_and_a_damaged_file_is_made_again(root: Path, cac
         (lambda path: shutil.copy(path.with_name("episode-000003-000.safetensors"), path), "is damaged or of another cache: its shard does not fit"),
     ],
 )
-def test_damage_is_refused_by_name(root: Path, cache: Path, damage: Any, message: str) -> None:
-    train, _ = opened(config(root), cache)
-    damage(files(cache)[1])
+def test_damage_is_refused_by_name(root: Path, copied: Path, damage: Any, message: str) -> None:
+    train, _ = opened(config(root), copied)
+    damage(files(copied)[1])
     assert train[0]["latents"].shape == (6, 5, 4, 6)
     with pytest.raises(LatentError, match=message):
         for index in range(len(train)):
             train[index]
 
 
-def test_what_is_missing_or_unfinished_is_refused_at_once(root: Path, cache: Path, tmp_path: Path) -> None:
-    files(cache)[0].unlink()
+def test_what_is_missing_or_unfinished_is_refused_at_once(root: Path, copied: Path, tmp_path: Path) -> None:
+    files(copied)[0].unlink()
     with pytest.raises(LatentError, match=r"lacks 1 files, e.g. episode-000000-000.safetensors; run `wam cache` again"):
-        opened(config(root), cache)
-    manifest = next(cache.glob("*/manifest.json"))
+        opened(config(root), copied)
+    manifest = next(copied.glob("*/manifest.json"))
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
     with pytest.raises(LatentError, match=r"is not finished \(3 files so far\); run `wam cache` again"):
-        opened(config(root), cache)
+        opened(config(root), copied)
     manifest.write_text("{")
     with pytest.raises(LatentError, match=r"manifest.json is not valid JSON"):
-        opened(config(root), cache)
+        opened(config(root), copied)
     with pytest.raises(LatentError, match="holds no encoded windows; make them with `wam cache`"):
         opened(config(root), tmp_path / "elsewhere")
 
@@ -162,6 +165,31 @@ def test_other_videos_are_another_cache(root: Path, built: Path, tmp_path: Path)
 def test_augmentation_that_needs_pixels_is_refused(root: Path) -> None:
     with pytest.raises(ValueError, match=r"data.latents is 'x', but data.augment changes pixels"):
         config(root, "data.latents=x", "data.augment.brightness=0.3")
+
+
+def test_training_from_latents_is_training_from_frames(root: Path, tmp_path: Path) -> None:
+    """The same weights, to the bit; and the linear codec is the one that was kept."""
+    quick = ("training.steps=3", "training.batch_size=3", "training.precision=fp32", "training.validation_batches=1", "training.validation_samples=2", "codec.fit_frames=100", "data.cache=memory")
+    c = config(root, *quick)
+    latents = config(root, *quick, f"data.latents={tmp_path / 'latents'}")
+    with pytest.raises(LatentError, match=r"latents holds no codec that was fitted for this config. Run `wam cache`"):
+        codec_for(latents, training_data(latents))
+    made = cache(latents, 1)
+    assert made.made == 4 and cache(latents, 1).made == 0
+    weights = [load((train(run, tmp_path / name) / "model.safetensors").read_bytes()) for name, run in (("frames", c), ("encoded", latents))]
+    assert weights[0].keys() == weights[1].keys() and all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    other = config(root, *quick, f"data.latents={tmp_path / 'latents'}", "codec.whitening=0.3")
+    with pytest.raises(LatentError, match=r"The nearest was fitted with other settings: codec.whitening is 1.0 there and 0.3 here. Run `wam cache`"):
+        codec_for(other, training_data(other))
+    kept = next((tmp_path / "latents").glob("codec-*"))
+    alter(kept)
+    with pytest.raises(LatentError, match=r"codec-\w+.safetensors is damaged: its checksum does not hold; delete it"):
+        codec_for(latents, training_data(latents))
+
+
+def test_nothing_says_where_latents_go(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.latents is null, .* give --output DIR"):
+        cache(config(root), 1)
 
 
 def test_folder_names(root: Path, built: Path) -> None:

@@ -231,6 +231,37 @@ def _robots(args: argparse.Namespace) -> None:
         print(f"{name:<{max(map(len, cards))}}  {card.robot.raw_state_dim:>3} state  {card.robot.raw_action_dim:>3} action  {len(card.cameras)} cameras  {card.description}")
 
 
+CACHE = """\
+Encode every window of a config's datasets once, with the codec that training would use, and embed their instructions
+where text.cache names a directory. Training then reads latents instead of decoding and encoding frames at every step,
+and ends at the same weights. An interrupted run goes on where it stopped; a second run verifies what is there.
+
+examples:
+  wam cache --output cache/latents                   then: wam train data.latents=cache/latents
+  wam cache --config configs/mixture_example.yaml --workers 8 data.latents=cache/latents
+  wam cache data.latents=cache/latents data.start_stride=4      fewer windows, less disk
+
+writes (in data.latents, or --output):
+  <dataset>-<key>/           manifest.json and the latents of its windows, about 100 MB a file; the key is a hash of all
+                             that decides them, so what was made with other settings is never read
+  codec-<key>.safetensors    the linear codec, where there is one: fitted once, and what training then takes
+"""
+
+
+def _cache_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    _add_output(parser, "where encoded windows go (data.latents)")
+    parser.add_argument("--workers", metavar="N", type=_positive, help="processes that decode and encode (default: one a core; on GPUs, four each)")
+
+
+def _cache(args: argparse.Namespace) -> None:
+    config = load_config(args.config, [*args.overrides, *_flag_overrides({"data.latents": args.output and str(args.output)})])
+
+    from wam.training.caches import cache
+
+    print(cache(config, args.workers))
+
+
 TRAIN = """\
 Train one model on every mode of the config. If the output directory holds a training state, training goes on from
 it, to the bit; --fresh starts over and moves what was there to previous/. Ctrl-C (or SIGTERM) finishes the step, saves
@@ -621,6 +652,7 @@ COMMANDS = (
     Command("collect", "record demonstrations of scripted experts as a LeRobot dataset", COLLECT, _collect_arguments, _collect),
     Command("check", "look for what breaks policies silently in a dataset", CHECK, _check_arguments, _check),
     Command("robots", "list robot cards, or show what one says", ROBOTS, _robots_arguments, _robots),
+    Command("cache", "encode a dataset's windows once, for training to read", CACHE, _cache_arguments, _cache),
     Command("train", "train a model, or go on training it", TRAIN, _train_arguments, _train),
     Command("rollout", "drive a robot in a simulator and count successes", ROLLOUT, _rollout_arguments, _rollout),
     Command("imagine", "compare imagined video with what happened", IMAGINE, _imagine_arguments, _imagine),

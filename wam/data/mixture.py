@@ -223,7 +223,7 @@ class TrainingData:
             passes = share * steps * batch_size / len(part)
             out = f"{len(self.held_out[name].episodes)}" if name in self.held_out else "-"
             learnt = {"paired": "video, action"}.get(part.data.contents, part.data.contents)
-            rows.append((name, part.data.embodiment, learnt, f"{len(part.episodes)}", f"{len(part)}", f"{hours:.2f}", f"{part.data.weight:g}", f"{share:.1%}", f"{passes:.2f}", out))
+            rows.append((name, part.data.embodiment, learnt, f"{len(part.episodes)}", f"{len(part)}", f"{hours:.3g}", f"{part.data.weight:g}", f"{share:.1%}", f"{passes:.2f}", out))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
 

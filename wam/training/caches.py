@@ -12,18 +12,23 @@ parent, and an error of theirs is this process's.  On GPUs they take turns over 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-from wam.codec.codec import Codec
-from wam.config import Config
+from wam.codec.codec import Codec, make_codec
+from wam.codec.linear import LinearCodec
+from wam.config import Config, DataConfig
 from wam.data.dataset import WindowDataset
+from wam.data.fitted import codec_path, fit_settings, read_fitted, save_fitted
 from wam.data.latents import Cache, Shard, cache_of, encode_shard, is_sound, shards_of, write_shard
+from wam.data.mixture import TrainingData, training_data
+from wam.training.build import fit_codec, text_for
 
 log = logging.getLogger(__name__)
 BATCH = 8  # windows that go through the codec at a time
@@ -55,7 +60,9 @@ class _Shards(Dataset[tuple[int, bool]]):
 
     def __init__(self, datasets: list[WindowDataset], caches: list[Cache], codec: Codec):
         self.datasets, self.caches, self.codec = datasets, caches, codec
-        self.tasks: list[tuple[int, Shard]] = [(i, shard) for i, windows in enumerate(datasets) for shard in shards_of(windows, caches[i].per_shard)]
+        tasks = {caches[i].folder / shard.name: (i, shard) for i, windows in enumerate(datasets) for shard in shards_of(windows, caches[i].per_shard)}
+        self.tasks: list[tuple[int, Shard]] = list(tasks.values())  # a dataset that is in a mixture twice has its windows once
+        self.windows = sum(shard.stop - shard.first for _, shard in self.tasks)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -72,6 +79,47 @@ class _Shards(Dataset[tuple[int, bool]]):
         return count, True
 
 
+def cache(config: Config, workers: int | None = None) -> Made:
+    """Encode everything a config trains on and holds out, and embed its instructions where `text.cache` says so.
+
+    Args:
+        workers: processes; default: one a core, or four a GPU.
+
+    Raises:
+        ValueError: `data.latents` is null, or the data does not fit the config.
+    """
+    directory = next((d.latents for d in config.sources if d.latents is not None), None)
+    if directory is None:
+        raise ValueError("data.latents is null, so nothing says where encoded windows belong; set it in the config, or give --output DIR")
+    read = replace(config, data=_from_frames(config.data), mixture=tuple(map(_from_frames, config.mixture)))
+    data = training_data(read)
+    log.info("encoding:\n%s", data.table(config.training.steps, config.training.batch_size))
+    seen = [windows for windows in [*data.parts.values(), *data.held_out.values()] if windows.data.contents != "action"]
+    made = build_latents(seen, config, _codec(read, data, Path(directory)), Path(directory), workers or _usual_workers())
+    text_for(config, data)
+    return made
+
+
+def _from_frames(data: DataConfig) -> DataConfig:
+    """The dataset as it is read before there are latents, nothing kept in memory."""
+    return replace(data, latents=None, cache="none")
+
+
+def _codec(config: Config, data: TrainingData, directory: Path) -> Codec:
+    """The pretrained codec; or the linear one, which is fitted unless it was before."""
+    codec = make_codec(config.codec)
+    if not isinstance(codec, LinearCodec):
+        return codec
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = fit_settings(config, data, directory)
+    path = codec_path(directory, settings)
+    if not path.is_file():
+        fitted = fit_codec(config, data)
+        assert isinstance(fitted, LinearCodec)
+        save_fitted(path, fitted, settings)
+    return read_fitted(path, codec, settings)
+
+
 def build_latents(datasets: list[WindowDataset], config: Config, codec: Codec, directory: Path, workers: int) -> Made:
     """Write the latents of all windows of these datasets below `directory`; held-out windows may be among the datasets.
 
@@ -85,16 +133,21 @@ def build_latents(datasets: list[WindowDataset], config: Config, codec: Codec, d
     for cache in folders.values():
         cache.begin()
     shards, begun = _Shards(datasets, caches, codec.to("cpu")), time.monotonic()
+    workers = 0 if workers == 1 else min(workers, len(shards))
     loader = DataLoader(shards, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers and torch.cuda.is_available() else None)
     count, made, encoded = 0, 0, 0
-    with tqdm(total=sum(map(len, datasets)), unit="window", desc="encoding", disable=None) as bar:
+    with tqdm(total=shards.windows, unit="window", desc="encoding", disable=None) as bar:
         for windows, new in loader:
             count, made, encoded = count + windows, made + new, encoded + new * windows
             bar.update(windows)
     for folder, cache in folders.items():
-        cache.finish(sum(len(windows) for windows, of in zip(datasets, caches, strict=True) if of.folder == folder))
+        cache.finish(sum(shard.stop - shard.first for number, shard in shards.tasks if caches[number].folder == folder))
     size = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
     return Made(count, encoded * config.timeline.frames, made, len(shards) - made, size, time.monotonic() - begun)
+
+
+def _usual_workers() -> int:
+    return 4 * torch.cuda.device_count() or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _device() -> str:
