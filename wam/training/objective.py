@@ -163,10 +163,10 @@ class Drawn:
     draws: Draws
 
     def counts(self) -> tuple[Part, Part]:
-        """The parts of the losses without their errors: how many tokens are supervised, and how many there are."""
+        """The parts of the losses without their errors: how many tokens are supervised, and how many there are; of what a sample lacks, none."""
         video, action = self.video_seen_BF, self.action_seen_BTA
         channels, none = action.shape[2], torch.zeros(len(video))
-        total = [torch.full((len(x),), float(x.shape[1])) for x in (video, action)]
+        total = [torch.tensor([float(x.shape[1] * (kind not in hidden)) for hidden in self.hidden]) for kind, x in ((Kind.V, video), (Kind.A, action))]
         video_sigma = self.levels.video_BF if self.levels.first_B1 is None else torch.cat([self.levels.first_B1, self.levels.video_BF], dim=1)
         return (
             Part(none, video.sum(1), total[0], None, video.float(), video_sigma),
