@@ -1,6 +1,7 @@
 """A robot that nobody has registered: a YAML card, a dataset of its own columns, two training steps, and commands it can execute."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,17 @@ from lerobot_fixture import CAMERA, write_dataset
 from tiny import SMALL
 
 from wam.cli import main
-from wam.config import Config, ConfigError, load_config, save_config
+from wam.config import Config, ConfigError, from_dict, load_config, save_config
 from wam.data.check.run import check_dataset
 from wam.data.lerobot import LeRobotDataset
 from wam.data.rotations import from_matrix, to_matrix
 from wam.data.units import Units
 from wam.inference.session import Session
 from wam.pretrained import from_pretrained
-from wam.robots import describe, known_cards, read_card
+from wam.robots import RobotCard, describe, known_cards, read_card
 from wam.training.loop import train
 
+ROOT = Path(__file__).resolve().parents[1]
 WRIST = "observation.images.wrist"
 LENGTHS = (30, 26, 28)
 CARD = """
@@ -185,6 +187,12 @@ def test_cards_that_cannot_be_used(robot: str, message: str, tmp_path: Path, mon
     Path("list.yaml").write_text("- a\n")
     with pytest.raises(ConfigError, match=message):
         load_config(None, [f"robot={robot}"])
+
+
+def test_the_card_that_the_documentation_explains() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/robots.md").read_text(), re.DOTALL)
+    card = from_dict(RobotCard, yaml.safe_load(next(block for block in blocks if "embodiment:" in block)))
+    assert (card.robot.raw_state_dim, card.robot.state_dim, card.robot.raw_action_dim, card.robot.action_dim) == (14, 16, 13, 16)
 
 
 def test_wam_robots(capsys: pytest.CaptureFixture[str]) -> None:
