@@ -180,6 +180,17 @@ def by_embodiment(normalizers: Mapping[str, Normalizer]) -> dict[str, Any]:
     return {STATISTICS: {name: normalizer.to_dict() for name, normalizer in normalizers.items()}}
 
 
+def robots_of(path: Path) -> list[str]:
+    """Whose statistics a file has by name; empty where it has one robot's, which needs none.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    tree = json.loads(path.read_text())
+    robots = tree.get(STATISTICS) if isinstance(tree, dict) else None
+    return list(robots) if isinstance(robots, dict) else []
+
+
 def normalizer_for(tree: Mapping[str, Any], embodiment: str | None) -> Normalizer:
     """One robot's statistics: of `by_embodiment`, or of `Normalizer.to_dict`, which then holds for whoever asks.
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from wam.codec.codec import Codec
 from wam.codec.linear import LinearCodec
 from wam.config import Config, ModelConfig, load_config
-from wam.data.normalize import Normalizer
+from wam.data.normalize import Normalizer, robots_of
 from wam.files import write_json_atomic
 from wam.model.actions import EmbodimentLinear
 from wam.model.lora import has_lora
@@ -100,7 +100,7 @@ def start_from(folder: Path, config: Config, model: WorldActionModel, codec: Cod
     if isinstance(codec, LinearCodec):
         codec.load_state_dict({name.removeprefix(CODEC): source.get(name) for name in source.names() if name.startswith(CODEC)})
     changed = [f"{name}: {was} -> {now}" for name, (was, now) in differences(config_tree(old), config_tree(config), {}).items() if name.split(".")[0] in ("timeline", "model", "relations", "noise") and not name.startswith("model.embodiments")]
-    return Report(str(folder), step, taken, new, dropped, changed, _statistics(folder, normalizer))
+    return Report(str(folder), step, taken, new, dropped, changed, _statistics(folder, normalizer, config.data.embodiment))
 
 
 def write_report(report: Report, output: Path) -> None:
@@ -180,10 +180,12 @@ def _other_size(folder: Path, name: str, value: Tensor, parameter: nn.Parameter 
     return f"training.finetune_from={folder}: tensor {name!r} has shape {list(value.shape)}, this model's has {list(parameter.shape)}; give the {remedy} of {folder / CONFIG}"
 
 
-def _statistics(folder: Path, normalizer: Normalizer) -> list[str]:
+def _statistics(folder: Path, normalizer: Normalizer, robot: str) -> list[str]:
     """Dimensions whose range is another one than the policy's weights know."""
-    old = Normalizer.load(folder / NORMALIZER)
-    out = []
+    known = robots_of(folder / NORMALIZER)
+    if known and robot not in known:
+        return [f"none of {robot!r} before; there are those of {', '.join(known)}"]
+    old, out = Normalizer.load(folder / NORMALIZER, robot), []
     for key, now in normalizer.keys.items():
         was = old.keys.get(key)
         if was is None or len(was.center) != len(now.center):
