@@ -8,11 +8,12 @@ from pathlib import Path
 
 import lerobot_fixture as fixture
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from wam.config import DataConfig, TimelineConfig
-from wam.data.dataset import WindowDataset, collate
+from wam.config import DataConfig, EmbodimentConfig, GroupConfig, TimelineConfig
+from wam.data.dataset import Draw, WindowDataset, collate
 from wam.data.normalize import Normalizer
 from wam.data.sampler import WindowSampler, make_loader
 from wam.data.video import VideoError
@@ -186,3 +187,134 @@ def test_the_metaworld_sample() -> None:
     assert not dataset.decoder.counts.fallbacks, "the sample is H.264"
     lazy = WindowDataset(replace(data, cache="none"), TIMELINE, "train", None, SIZE)
     np.testing.assert_array_equal(lazy[len(lazy) // 2]["frames"], sample["frames"])
+
+
+# ------------------------------------------------------------------------------------------------ instructions, rates, robots
+
+
+def with_language(root: Path, copy: Path) -> Path:
+    """Episodes of two halves under two instructions, in two wordings, of which the second is sometimes empty."""
+    shutil.copytree(root, copy)
+    info = json.loads((copy / "meta/info.json").read_text())
+    info["features"] |= {key: {"dtype": "string", "shape": [1], "names": None} for key in ("language_instruction", "language_instruction_2")}
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    for path in copy.glob("data/*/*.parquet"):
+        rows = pd.read_parquet(path)
+        half = np.where(rows["frame_index"] < 13, "reach", "grasp")
+        rows["language_instruction"], rows["language_instruction_2"] = half, np.where(half == "reach", "go there", "")
+        rows.to_parquet(path, index=False)
+    return copy
+
+
+def test_windows_inside_one_instruction(root: Path, tmp_path: Path) -> None:
+    data = config(with_language(root, tmp_path / "spoken"), cache="none", spans="language", language=("language_instruction", "language_instruction_2"), wording="any")
+    dataset = WindowDataset(data, TIMELINE, "train", None, SIZE)
+    assert len(dataset) == sum(13 - 8 + max(0, length - 13 - 8) for length in LENGTHS[:4]) and dataset.instructions == ["go there", "grasp", "reach"]
+    for index in range(0, len(dataset), 3):
+        sample, plain = dataset[Draw(index, 0, 0)], dataset[index]
+        stop = 13 if sample["start"] < 13 else LENGTHS[sample["episode"]]
+        assert plain["instruction"] == ("reach" if stop == 13 else "grasp")
+        assert sample["instruction"] in (("reach", "go there") if stop == 13 else ("grasp",))
+        assert sample["frames_is_pad"].tolist() == [sample["start"] + 2 * i >= stop for i in range(13)]
+    drawn = [dataset[Draw(0, epoch, 0)]["instruction"] for epoch in range(40)]
+    assert 8 < drawn.count("reach") < 32 and drawn == [dataset[Draw(0, epoch, 0)]["instruction"] for epoch in range(40)]
+
+
+def test_a_dataset_of_another_rate(root: Path) -> None:
+    data = config(root, control_hz=5.0, action_kinds=("delta", "target", "velocity", "target"))
+    timeline = TimelineConfig(latents_per_block=1, actions_per_block=4, frame_stride=1)
+    dataset = WindowDataset(data, timeline, "train", None, SIZE)
+    assert dataset.fps == 5.0 and dataset.lerobot.fps == 10.0
+    sample = dataset[20]
+    episode, start = sample["episode"], sample["start"]
+    first = dataset.lerobot.episodes[episode].videos[fixture.CAMERA].first_frame
+    columns, rows = fixture.columns(episode, LENGTHS[episode]), np.minimum(start + 2 * np.arange(13), LENGTHS[episode] - 1)
+    assert [fixture.read_stamp(frame) for frame in sample["frames"]] == (first + rows).tolist()
+    np.testing.assert_array_equal(sample["state"], columns["observation.state"][rows[:12:4]])
+    action = columns["action"]
+    for step in np.flatnonzero(~sample["action_is_pad"]):
+        now, then = action[start + 2 * step], action[start + 2 * step + 1]
+        np.testing.assert_allclose(sample["action"][step], [now[0] + then[0], now[1], (now[2] + then[2]) / 2, now[3]], rtol=1e-5)
+    dataset.normalizer = dataset.fit_normalizer()
+    stacked = np.concatenate([sample["action"][~sample["action_is_pad"]] for sample in (dataset[i] for i in range(len(dataset)))])
+    assert (np.quantile(stacked, 0.995, axis=0) < 1.2).all() and (np.quantile(stacked, 0.98, axis=0) > 0.8).all(), "statistics are those of the control steps"
+    view = dataset.episode(1)
+    assert len(view.frames) == len(view.action) == 13 and [fixture.read_stamp(f) for f in view.frames[:3]] == [LENGTHS[0], LENGTHS[0] + 2, LENGTHS[0] + 4]
+    with pytest.raises(ValueError, match=r"data.action_kinds lists 0"):
+        WindowDataset(replace(data, action_kinds=()), timeline, "train", None, SIZE)
+
+
+def test_relative_actions_are_encoded_at_each_block_and_decoded_again(root: Path) -> None:
+    groups = [GroupConfig("arm", 3), GroupConfig("grip", 1, start=3)]
+    robot = EmbodimentConfig(state_groups=tuple(groups), action_groups=(replace(groups[0], relative_to="arm"), groups[1]))
+    dataset = WindowDataset(config(root, cache="none"), TIMELINE, "train", None, SIZE, robot)
+    dataset.normalizer = normalizer = dataset.fit_normalizer()
+    plain = WindowDataset(config(root, cache="none"), TIMELINE, "train", None, SIZE)
+    for index in (0, 11, 60):
+        sample, raw = dataset[index], plain[index]
+        blocks = normalizer.unnormalize("action", sample["executed"]).reshape(3, 8, 4)
+        decoded = dataset.units.decode_actions(blocks, raw["state"]).reshape(24, 4)
+        real = ~sample["action_is_pad"]
+        inside = (np.abs(sample["executed"]) < normalizer.clip).all(axis=1)
+        assert inside[real].mean() > 0.9
+        np.testing.assert_allclose(decoded[real & inside], raw["executed"][real & inside], atol=1e-5)
+    assert np.abs(dataset.mean_action()).max() < 0.5
+
+
+def test_video_alone_and_actions_alone(root: Path) -> None:
+    video = WindowDataset(config(root, contents="video", state="nothing", action="neither", executed_action=None), TIMELINE, "train", None, SIZE)
+    action = WindowDataset(config(root, contents="action", cameras=("nowhere",)), TIMELINE, "train", None, SIZE)
+    batch = collate([video[5], action[5], WindowDataset(config(root), TIMELINE, "train", None, SIZE)[5]])
+    assert batch["has_video"].tolist() == [True, False, True] and batch["has_action"].tolist() == [False, True, True]
+    assert batch["action"].shape == (3, 24, 4) and not batch["action"][0].any() and batch["action_is_pad"][0].all()
+    assert torch.equal(batch["frames"][0], batch["frames"][2]) and not batch["frames"][1].any() and batch["frames_is_pad"][1].all()
+    assert torch.equal(batch["action"][1], batch["action"][2]) and torch.equal(batch["state"][1], batch["state"][2])
+    with pytest.raises(ValueError, match="has video alone"):
+        video.fit_normalizer()
+
+
+# ------------------------------------------------------------------------------------------------ broken files
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_broken_files_are_left_out_after_a_count(copy: Path, cache: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole = WindowDataset(config(copy, cache=cache), TIMELINE, "train", None, SIZE)
+    data = config(copy, cache=cache, broken="skip", max_broken=0.5)
+    assert WindowDataset(data, TIMELINE, "train", None, SIZE).broken == {} and not caplog.records
+    fixture.truncate(copy / f"videos/{fixture.CAMERA}/chunk-000/file-001.mp4")
+    dataset = WindowDataset(data, TIMELINE, "train", None, SIZE)
+    assert dataset.episodes == [0, 1, 2] and list(dataset.broken) == [3] and dataset.source["broken"] == 1
+    assert "1 of 4 train episodes" in caplog.text and "file-001.mp4: the file is truncated" in caplog.text
+    for index in range(0, len(dataset), 9):
+        np.testing.assert_array_equal(dataset[index]["frames"], whole[index]["frames"])
+        np.testing.assert_array_equal(dataset[index]["action"], whole[index]["action"])
+    with pytest.raises(ValueError, match=r"1 of 4 train episodes .* broken \(3\), more than data.max_broken 0.1 of them"):
+        WindowDataset(replace(data, max_broken=0.1), TIMELINE, "train", None, SIZE)
+    with pytest.raises(VideoError, match=r"file-001.mp4: the file is truncated"):
+        WindowDataset(replace(data, broken="refuse"), TIMELINE, "train", None, SIZE)
+
+
+def test_rows_that_are_no_numbers_are_left_out_too(copy: Path) -> None:
+    path = copy / "data/chunk-000/file-000.parquet"
+    rows = pd.read_parquet(path)
+    rows.at[40, "action"] = np.full(4, np.inf, np.float32)  # row 10 of episode 1
+    rows.to_parquet(path, index=False)
+    with pytest.raises(ValueError, match="action of episode 1 is inf at row 10"):
+        WindowDataset(config(copy, cache="none"), TIMELINE, "train", None, SIZE)
+    dataset = WindowDataset(config(copy, cache="none", broken="skip", max_broken=0.25), TIMELINE, "train", None, SIZE)
+    assert dataset.episodes == [0, 2, 3] and "action of episode 1 is inf" in dataset.broken[1]
+
+
+def test_a_frame_that_fails_later_names_its_file(copy: Path) -> None:
+    dataset = WindowDataset(config(copy, cache="none"), TIMELINE, "train", None, SIZE)
+    dataset[0]
+    (copy / f"videos/{fixture.CAMERA}/chunk-000/file-001.mp4").unlink()
+    with pytest.raises(VideoError, match=r"no video file .*file-001.mp4"):
+        dataset[len(dataset) - 1]
+
+
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+def test_a_decoder_is_chosen(root: Path, decoder: str) -> None:
+    dataset = WindowDataset(config(root, cache="none", decoder=decoder), TIMELINE, "train", None, SIZE)
+    dataset[0]
+    assert {name for name in ("decord", "pyav", "torchcodec") if getattr(dataset.decoder.counts, name)} == {decoder}

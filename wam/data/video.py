@@ -10,11 +10,13 @@ Readers are state: they live in a `VideoDecoder`, a few at a time, and never cro
 
 from __future__ import annotations
 
+import gc
 import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -109,6 +111,7 @@ class VideoDecoder:
         raise _as_video_error(path, rising, backend, failures[backend]) from failures[backend]
 
     def _keep(self, path: Path, backend: Backend, reader: Reader) -> tuple[Backend, Reader]:
+        _keep_what_forks_inherit()
         self._readers[path] = (backend, reader)
         while len(self._readers) > self.open_files:
             self._readers.popitem(last=False)
@@ -125,6 +128,13 @@ class VideoDecoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+@cache
+def _keep_what_forks_inherit() -> None:
+    """From now on a forked process never collects its parent's garbage: a reader in it would wait for threads that exist there alone."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=gc.freeze)
 
 
 class DecordReader:
@@ -291,9 +301,9 @@ def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 (n, H, W, 3) to (n, *size, 3), bilinear with antialiasing; each axis on its own, so another aspect ratio stretches."""
     if frames.shape[1:3] == tuple(size):
         return frames
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # as bytes: an order of magnitude faster, within a level of exact
     small = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return small.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _too_short(path: Path, asked: int, found: int) -> VideoError:

@@ -59,8 +59,8 @@ def draw_look(augment: AugmentConfig, cameras: int, rng: np.random.Generator) ->
 
 
 def colour_matrix(brightness: float, contrast: float, saturation: float, angle: float) -> np.ndarray:
-    """(3, 4): scale by `brightness`, spread about grey by `contrast`, mix with the pixel's grey by `saturation`, turn the hue by `angle` (radians)."""
-    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]], np.float32)
+    """(3, 4): scale by `brightness`, spread about grey by `contrast`, mix with the pixel's grey by `saturation`, turn the hue by `angle` (radians, red towards green)."""
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), np.sin(angle)], [0, -np.sin(angle), np.cos(angle)]], np.float32)
     hue = np.linalg.inv(YIQ) @ turn @ YIQ if angle else np.eye(3)
     mix = saturation * np.eye(3) + (1 - saturation) * LUMA[None, :]
     matrix = contrast * brightness * (hue @ mix)
