@@ -19,6 +19,7 @@ from wam.config import Config
 from wam.data.dataset import WindowDataset, collate
 from wam.data.latents import LatentError, cache_of, content_of, use_latents
 from wam.data.mixture import training_data
+from wam.training import loop
 from wam.training.build import codec_for
 from wam.training.caches import build_latents, cache
 from wam.training.loop import train
@@ -167,8 +168,9 @@ def test_augmentation_that_needs_pixels_is_refused(root: Path) -> None:
         config(root, "data.latents=x", "data.augment.brightness=0.3")
 
 
-def test_training_from_latents_is_training_from_frames(root: Path, tmp_path: Path) -> None:
+def test_training_from_latents_is_training_from_frames(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights, to the bit; and the linear codec is the one that was kept."""
+    monkeypatch.setattr(loop, "draw_at_end", lambda output: None)
     quick = ("training.steps=3", "training.batch_size=3", "training.precision=fp32", "training.validation_batches=1", "training.validation_samples=2", "codec.fit_frames=100", "data.cache=memory")
     c = config(root, *quick)
     latents = config(root, *quick, f"data.latents={tmp_path / 'latents'}")

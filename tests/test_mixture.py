@@ -17,6 +17,7 @@ from wam.data.mixture import MixtureDataset, MixtureSampler, Quotas, TrainingDat
 from wam.data.normalize import normalizer_for
 from wam.data.sampler import WindowSampler
 from wam.pretrained import from_pretrained
+from wam.training import loop
 from wam.training.caches import cache
 from wam.training.draws import Draws
 from wam.training.loop import train
@@ -186,7 +187,8 @@ def test_modes_that_fit_what_a_sample_has(data: TrainingData, modes: str, video:
         assert drawn == expected
 
 
-def test_the_example_trains(tmp_path: Path) -> None:
+def test_the_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "draw_at_end", lambda output: None)
     config = example(f"data.latents={tmp_path / 'latents'}", "training.modes={skip: 1, forward: 1}")
     assert cache(config, 1).made == 12, "one cache for a dataset that is there twice"
     checkpoint = train(config, tmp_path / "run")
