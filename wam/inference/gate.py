@@ -291,7 +291,7 @@ def gate_config(tree: Mapping[str, Any], groups: Sequence[tuple[str, int]], dim:
     known = {f.name for f in fields(GateConfig)}
     _refuse_unknown("the gate's settings", tree, known)
     starts = dict(zip([name for name, _ in groups], np.cumsum([0, *(size for _, size in groups)]).tolist(), strict=False))
-    places = {"all": (0, dim), **{name: (starts[name], starts[name] + size) for name, size in groups}}
+    places: dict[str, tuple[Any, Any]] = {"all": (0, dim), **{name: (starts[name], starts[name] + size) for name, size in groups}}
     limits = []
     given = tree.get("groups") or {}
     if not isinstance(given, Mapping):
@@ -300,12 +300,12 @@ def gate_config(tree: Mapping[str, Any], groups: Sequence[tuple[str, int]], dim:
         if not isinstance(values, Mapping):
             raise ValueError(f"limits of {name!r} are {values!r}; expected a map such as {{low: -1, high: 1}}")
         _refuse_unknown(f"limits of {name!r}", values, {f.name for f in fields(GroupLimits)} - {"name"})
-        place = places.get(name, (values.get("start"), values.get("stop")))
+        place: tuple[Any, Any] = places.get(name, (values.get("start"), values.get("stop")))
         if not all(isinstance(i, int) for i in place):
             raise ValueError(f"the robot has no action group {name!r}; it has {', '.join(places)}; or give start and stop")
-        bounds = {what: tuple(float(x) for x in (v if isinstance(v, (list, tuple)) else [v])) for what in ("low", "high") if (v := values.get(what)) is not None}
-        rest = {what: values[what] for what in ("velocity", "jerk", "jump", "order") if values.get(what) is not None}
-        limits.append(GroupLimits(str(name), *place, **bounds, **rest))
+        bounds: dict[str, Any] = {what: tuple(float(x) for x in (v if isinstance(v, (list, tuple)) else [v])) for what in ("low", "high") if (v := values.get(what)) is not None}
+        rest: dict[str, Any] = {what: values[what] for what in ("velocity", "jerk", "jump", "order") if values.get(what) is not None}
+        limits.append(GroupLimits(str(name), place[0], place[1], **(bounds | rest)))
     return GateConfig(groups=tuple(limits), **{key: value for key, value in tree.items() if key != "groups"})
 
 

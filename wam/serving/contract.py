@@ -104,6 +104,11 @@ class Contract:
             raise ValueError(f"a client's name was given for {strange!r}, which the policy does not take; it takes {', '.join(known)}")
         return out
 
+    @property
+    def shortest_plan(self) -> int:
+        """Actions that every plan has before the gate: a first block whose first frame lies inside it has fewer than others."""
+        return self.horizon - self.lead or self.horizon
+
     # ------------------------------------------------------------------------------------------ what clients are told
 
     def metadata(self) -> dict[str, Any]:
@@ -119,7 +124,8 @@ class Contract:
             "state_groups": {g.name: g.size for g in self.robot.state_groups},
             "action_dim": self.robot.raw_action_dim,
             "action_groups": {g.name: g.size for g in self.robot.action_groups},
-            "action_horizon": self.horizon,
+            "action_horizon": self.shortest_plan,
+            "block_actions": self.horizon,
             "control_hz": self.control_hz,
             "frame_stride": self.frame_stride,
             "frames_per_block": self.frames_per_block,
@@ -147,7 +153,7 @@ class Contract:
         counts = {name: len(view) for name, view in zip(self.cameras, views, strict=True)}
         if len(set(counts.values())) > 1:
             raise ServingError("wrong_shape", f"cameras have different numbers of frames ({', '.join(f'{short(c)}: {n}' for c, n in counts.items())})", "send as many from every camera")
-        return np.ascontiguousarray(self.canvas.compose(views))
+        return np.array(self.canvas.compose(views))  # a copy: frames are kept, and a view would keep the whole message
 
     def state(self, message: Mapping[str, Any]) -> np.ndarray | None:
         """The state (d,), float32, raw units; None where the policy needs none and none was sent.

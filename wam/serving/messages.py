@@ -1,0 +1,209 @@
+"""Requests: three dialects, told apart message by message, one meaning.
+
+    endpoint             dialect     reply to a plan                                     reply to a reset       an error
+    (absent)             openpi      map: actions, server_timing, policy_timing, ...     -                      text (JSON)
+    infer, reset         RoboArena   the actions alone, a packed array                   text, its own words    text (JSON)
+    plan, observe,       wam         as openpi's, with request_id; observe: what the     map                    map: error
+      reset_session                  session holds
+
+openpi's and RoboArena's clients take every text frame for an error and raise, so a robot that gets one holds.  All dialects may carry
+the optional keys: session_id, timestamp, frame_times, executed, committed, commit_steps, deadline_ms, mode, steps, seed, embodiment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from wam.serving.contract import Contract
+from wam.serving.errors import ServingError
+from wam.serving.wire import pack
+
+Dialect = Literal["openpi", "roboarena", "wam"]
+Kind = Literal["plan", "observe", "reset"]
+ENDPOINTS: dict[str, tuple[Dialect, Kind]] = {
+    "infer": ("roboarena", "plan"),
+    "reset": ("roboarena", "reset"),
+    "plan": ("wam", "plan"),
+    "observe": ("wam", "observe"),
+    "reset_session": ("wam", "reset"),
+}
+RESET_DONE = "reset successful"  # RoboArena's words
+MAX_FRAMES, MAX_STEPS, MAX_ID, MAX_SECONDS = 64, 128, 128, 1e12
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one message asks for.
+
+    Attributes:
+        frames: uint8 (T, H, W, 3) as the policy sees them, oldest first; None: none were sent.
+        state: (d,), at the newest frame.
+        timestamp: seconds on the client's own clock, of the newest frame.
+        frame_times: seconds, of each frame (T,).
+        executed: actions since the observation before (n, d).
+        committed: the plan's first actions, decided already (n, d).
+        commit_steps: likewise, the first n of what is left of the plan before.
+        deadline_s: after its arrival the plan is of no use.
+        steps: solver steps.
+    """
+
+    dialect: Dialect
+    kind: Kind
+    session_id: str | None = None
+    prompt: str | None = None
+    frames: np.ndarray | None = None
+    state: np.ndarray | None = None
+    timestamp: float | None = None
+    frame_times: np.ndarray | None = None
+    executed: np.ndarray | None = None
+    committed: np.ndarray | None = None
+    commit_steps: int = 0
+    deadline_s: float | None = None
+    mode: str | None = None
+    steps: int | None = None
+    seed: int | None = None
+    request_id: str | int | None = None
+
+
+def dialect_of(message: Any) -> tuple[Dialect, Kind]:
+    """Who speaks, and what is asked.
+
+    Raises:
+        ServingError: the message is no map, or names an endpoint that is none.
+    """
+    if not isinstance(message, Mapping):
+        raise ServingError("bad_message", "the message is no map", "send one map from names to values")
+    endpoint = message.get("endpoint")
+    if endpoint is None:
+        return "openpi", "plan"
+    if not isinstance(endpoint, str) or endpoint not in ENDPOINTS:
+        raise ServingError("unknown_endpoint", f"endpoint is {str(endpoint)[:40]!r}", f"send one of {', '.join(ENDPOINTS)}, or none (openpi)")
+    return ENDPOINTS[endpoint]
+
+
+def parse(message: Mapping[str, Any], contract: Contract) -> Request:
+    """A message as a request; pictures are laid on the policy's canvas.
+
+    Raises:
+        ServingError: something is missing, or not what the policy takes.
+    """
+    dialect, kind = dialect_of(message)
+    session_id, request_id = _name(message, "session_id"), _request_id(message)
+    if kind == "reset":
+        return Request(dialect, kind, session_id, request_id=request_id)
+    robot = message.get("embodiment")
+    if robot is not None and robot != contract.robot.name:
+        raise ServingError("unknown_embodiment", f"embodiment is {str(robot)[:40]!r}, and this server plans for {contract.robot.name!r}", "connect to a server of your robot's policy")
+    frames = contract.frames(message)
+    if len(frames) > MAX_FRAMES:
+        raise ServingError("too_large", f"{len(frames)} frames in one message", f"send up to {MAX_FRAMES}, the newest last")
+    times = message.get("frame_times")
+    return Request(
+        dialect,
+        kind,
+        session_id,
+        prompt=contract.prompt(message),
+        frames=frames,
+        state=contract.state(message),
+        timestamp=_number(message, "timestamp", -MAX_SECONDS, MAX_SECONDS),
+        frame_times=None if times is None else _times(times, len(frames)),
+        executed=None if message.get("executed") is None else contract.actions("executed", message["executed"], 64 * contract.horizon),
+        committed=None if message.get("committed") is None else contract.actions("committed", message["committed"], contract.horizon),
+        commit_steps=int(_whole(message, "commit_steps", 0, contract.horizon) or 0),
+        deadline_s=_seconds(_number(message, "deadline_ms", 0, 3.6e6)),
+        mode=_mode(message, contract),
+        steps=_whole(message, "steps", 1, MAX_STEPS),
+        seed=_whole(message, "seed", 0, 2**62),
+        request_id=request_id,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+def _number(message: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
+    value = message.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ServingError("wrong_type", f"{name} is a {type(value).__name__}", "send a number")
+    if not math.isfinite(value):
+        raise ServingError("not_finite", f"{name} is {value}", "send a finite number")
+    if not low <= value <= high:
+        raise ServingError("bad_value", f"{name} is {value:g}", f"send {low:g} to {high:g}")
+    return float(value)
+
+
+def _whole(message: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
+    value = message.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ServingError("wrong_type", f"{name} is a {type(value).__name__}", "send a whole number")
+    if not low <= value <= high:
+        raise ServingError("bad_value", f"{name} is {value}", f"send {low} to {high}")
+    return value
+
+
+def _name(message: Mapping[str, Any], name: str) -> str | None:
+    value = message.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_ID:
+        raise ServingError("wrong_type", f"{name} is {'text of another length' if isinstance(value, str) else f'a {type(value).__name__}'}", f"send text of 1 to {MAX_ID} characters")
+    return value
+
+
+def _request_id(message: Mapping[str, Any]) -> str | int | None:
+    value = message.get("request_id")
+    return value if type(value) is int and abs(value) < 2**63 else _name(message, "request_id")
+
+
+def _mode(message: Mapping[str, Any], contract: Contract) -> str | None:
+    mode = message.get("mode")
+    if mode is not None and mode not in contract.modes:
+        raise ServingError("unknown_mode", f"mode is {str(mode)[:40]!r}", f"ask for one that this policy acts in: {', '.join(contract.modes)}")
+    return mode
+
+
+def _times(value: Any, count: int) -> np.ndarray:
+    listed = isinstance(value, list) and all(type(x) in (int, float) for x in value)
+    times = np.asarray(value, np.float64) if listed or (isinstance(value, np.ndarray) and value.dtype.kind in "iuf") else None
+    if times is None or times.shape != (count,):
+        raise ServingError("wrong_shape", "frame_times is not one number for each frame", f"send {count} seconds, rising")
+    if not np.isfinite(times).all():
+        raise ServingError("not_finite", "frame_times holds numbers that are not finite", "send seconds")
+    if (np.diff(times) <= 0).any() or np.abs(times).max(initial=0) > MAX_SECONDS:
+        raise ServingError("bad_value", "frame_times do not rise", "send the oldest frame first")
+    return times
+
+
+# ------------------------------------------------------------------------------------------------ replies
+
+
+def plan_reply(dialect: Dialect, reply: dict[str, Any]) -> bytes:
+    """A plan in the words of a dialect; `reply` holds "actions"."""
+    return pack(reply["actions"] if dialect == "roboarena" else reply)
+
+
+def done_reply(dialect: Dialect, reply: dict[str, Any]) -> bytes | str:
+    """What answers a reset, or an observation."""
+    return RESET_DONE if dialect == "roboarena" else pack(reply)
+
+
+def error_reply(dialect: Dialect, error: ServingError, request_id: str | int | None = None) -> bytes | str:
+    """A refusal: a map for those who know it, text for those who take text for an error."""
+    told: dict[str, Any] = {"error": error.to_dict()}
+    if dialect == "wam":
+        return pack({**told, "request_id": request_id} if request_id is not None else told)
+    return json.dumps(told, ensure_ascii=False)
