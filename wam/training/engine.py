@@ -259,7 +259,7 @@ class Gathered(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         slot, _, parameter = name.partition(".")
         fragment = self._fragments[name]
-        return fragment if slot == "step" else self.engine.whole(parameter if slot in SLOTS else name, fragment)
+        return fragment.clone() if slot == "step" else self.engine.whole(parameter if slot in SLOTS else name, fragment)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._fragments)

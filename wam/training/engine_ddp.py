@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,8 @@ class DdpEngine(ManyEngine):
     def prepare(self, model: nn.Module, supervised: nn.Module, config: Config) -> None:
         """Wrap the module; which parameters a batch reaches depends on its modes, so DDP looks."""
         super().prepare(model, supervised, config)
-        self.supervised: Any = DistributedDataParallel(supervised, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"  # its name before torch 2.13
+        self.supervised: Any = DistributedDataParallel(supervised, find_unused_parameters=True, gradient_as_bucket_view=True, **{buffers: False})
 
     def forward(self, batch: dict[str, Any], drawn: Drawn, last: bool = True) -> Errors:
         """Errors of a micro-batch; only the `last` one's backward pass waits for the others."""

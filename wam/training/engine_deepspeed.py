@@ -246,6 +246,7 @@ def _import(device: torch.device) -> Any:
     except ImportError as error:
         raise ImportError("training.engine asks for DeepSpeed, which is not installed; install the deepspeed extra: pip install 'wam[deepspeed]'") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else the first run on a CPU compiles for minutes
     found = deepspeed.accelerator.get_accelerator()._name
     if found != device.type:
         raise RuntimeError(f"DeepSpeed computes on {found!r}, this run on {device.type!r}; set DS_ACCELERATOR={device.type} before starting")
