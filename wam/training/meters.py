@@ -40,7 +40,6 @@ class Counts:
     """Sums since the last record, of this process."""
 
     steps: int = 0
-    skipped: int = 0
     samples: int = 0
     tokens: int = 0
     flops: int = 0
