@@ -1,13 +1,16 @@
 """Actions that are differences to the state at the block's start: what leaves a session is absolute, what enters its memory is relative."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lerobot_fixture import write_dataset
 from tiny import TASKS, tiny_config, tiny_episode, tiny_policy
 
 from wam.config import EmbodimentConfig, GroupConfig
+from wam.data.dataset import WindowDataset
 from wam.data.rotations import from_matrix, to_matrix
 from wam.data.units import Units
 from wam.inference.session import Session
@@ -46,6 +49,29 @@ def test_relative_actions_need_a_state(policies: list[Policy]) -> None:
     session.observe(tiny_episode(policies[1].config, 1, 1).at(0)[0], None)
     with pytest.raises(ValueError, match="relative to the state at the block's start, which was not observed"):
         session.plan("skip")
+
+
+@pytest.mark.parametrize("clock", [(), ("timeline.first_frame=inside", "timeline.latents_per_block=2", "timeline.actions_per_block=16")], ids=["before", "inside"])
+def test_training_and_driving_start_from_the_same_states(clock: tuple[str, ...], tmp_path: Path) -> None:
+    """What a window says was done is what a session over the same rows writes into its memory."""
+    config = tiny_config("timeline.blocks=2", f"data.root={write_dataset(tmp_path, (40, 40, 40))}", "data.validation_fraction=0", *clock)
+    robot = EmbodimentConfig("metaworld", 4, 4, relative_to=RELATIVE)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, embodiments=(robot,)))
+    data, t = WindowDataset(config.data, config.timeline, "train", image_size=config.codec.image_size, robot=robot), config.timeline
+    start, steps = 5, t.actions_per_block
+    sample, view = data[start], data.episode(data.episodes[0])
+    session, row, at = Session(tiny_policy(config), TASKS[:1], "metaworld", [1]), start, 0
+    for block in range(2):
+        frames = sample["frames"][at : (row - start) // t.stride + 1]
+        at += len(frames)
+        session.observe(frames[None], view.state[row][None])
+        done = view.executed[row : row + steps - (t.lead if block == 0 else 0)]
+        written = session.units.encode_actions(done[None], session.origin)[0]
+        own = slice(block * steps + (t.lead if block == 0 else 0), (block + 1) * steps)
+        np.testing.assert_allclose(sample["executed"][own][~sample["action_is_pad"][own]], written[: (~sample["action_is_pad"][own]).sum()], atol=1e-6)
+        assert not sample["action_is_pad"][own].all()
+        session.commit(done[None])
+        row += len(done)
 
 
 # ------------------------------------------------------------------------------------------------ a hand's pose, in groups

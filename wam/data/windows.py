@@ -108,7 +108,7 @@ def window_indices(stop: int, start: int, timeline: TimelineConfig, pace: float 
         raise ValueError(f"no window starts at row {start} of a span that ends before row {stop}; {f'0..{stop - 1} can' if stop > 0 else 'it is empty'}")
     last, steps = stop - 1, timeline.blocks * timeline.actions_per_block
     frames = start + rows_at(timeline.stride * np.arange(timeline.frames), pace)
-    state = start + rows_at(timeline.actions_per_block * np.arange(timeline.blocks), pace)
+    state = start + rows_at(np.maximum(timeline.actions_per_block * np.arange(timeline.blocks) - timeline.lead, 0), pace)  # as a block's first action begins
     action = start + rows_in_force(np.arange(steps) - timeline.lead, pace)
     return WindowIndices(
         np.minimum(frames, last),
