@@ -79,7 +79,7 @@ def start(target: Callable[..., None], *args: Any, world: int = 1) -> list[BaseP
     return processes
 
 
-def finish(processes: list[BaseProcess], timeout: float = 120) -> list[int | None]:
+def finish(processes: list[BaseProcess], timeout: float = 300) -> list[int | None]:
     """Wait for processes to end by themselves; their exit codes (-9: killed).  What still runs then is killed: None."""
     end = time.monotonic() + timeout
     for process in processes:

@@ -93,7 +93,7 @@ def verdict(beats: Mapping[int, Beat], silent: Mapping[int, float], timeout: flo
             return f"process {rank} ({beat.host}, pid {beat.pid}) stopped in {beat.stage!r} of step {beat.step}: {beat.error}"
     for rank, beat in running.items():
         if silent[rank] > silence:
-            return f"process {rank} ({beat.host}, pid {beat.pid}) is gone: no sign of life for {silent[rank]:.0f} s; it was in {beat.stage!r} of step {beat.step}, at {beat.where}"
+            return f"process {rank} ({beat.host}, pid {beat.pid}) is gone: no sign of life for {silent[rank]:.0f} s; it was last seen in {beat.stage!r} of step {beat.step}, at {beat.where}"
     if not running:
         return None
     last = min(beat.count for beat in running.values())
