@@ -577,6 +577,7 @@ Measure how fast the network is: training and cached steps side by side with dif
 modes and chunks against each other, what a session computes only once; and for the released sizes (on a GPU) every
 stage of a chunk and of training against the machine's own matmul rate. Both sides run in turns, call by call.
 And how fast data is read (`data`): this reader, raw decord and LeRobot's own over the same windows of the same files.
+And training (`train`): steps of a config by phase, on one process and on several, and the memory of every ZeRO stage against arithmetic.
 
 examples:
   wam bench model                                                widths 256, 512 and 1024 on this CPU
@@ -585,6 +586,8 @@ examples:
   wam bench model --markdown --json cpu.json                     tables as docs/benchmarks.md has them
   wam bench data --lerobot-python lerobot/bin/python             readers, on datasets made for it
   wam bench data --data data/metaworld_sample --workers 0,4      on one that is there
+  wam bench train data.root=data/metaworld_sample                where a step's time goes, and what each process holds, engine by engine
+  wam bench train --engines ddp,zero3 --processes 4 training.batch_size=16
 
 prints: the tables, and which limits hold; exit code 0 unless --check is given and one does not
 writes: nothing, or every number as JSON (--json)
@@ -592,7 +595,7 @@ writes: nothing, or every number as JSON (--json)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="WHAT", choices=("model", "data"), help="model or data")
+    parser.add_argument("what", metavar="WHAT", choices=("model", "data", "train"), help="model, data or train")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--sizes", metavar="A,B", help="model: widths, and 1.3b, 5b, 14b, tiny (default: 256,512,1024 on a CPU, 1.3b,5b,14b on a GPU); data: 64x64, 180x320")
     parser.add_argument("--dtype", metavar="NAME", help="float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
@@ -608,6 +611,11 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--lerobot-python", metavar="PATH", type=Path, help="python of another environment that has lerobot 0.4, to measure it too")
     data.add_argument("--workers", metavar="A,B", type=_names, default=["0", "2"], help="loader processes (default: 0,2)")
     data.add_argument("--batch", metavar="N", type=_positive, default=8, help="windows in a batch (default: 8)")
+    train = parser.add_argument_group("of train")
+    train.add_argument("--config", metavar="FILE", default="configs/metaworld_tiny.yaml", help="what is trained (default: configs/metaworld_tiny.yaml)")
+    train.add_argument("--engines", metavar="A,B", type=_names, help="single, ddp, zero1, zero2, zero3, fsdp2 (default: all)")
+    train.add_argument("--processes", metavar="N", type=_positive, default=2, help="of the engines that take several (default: 2)")
+    _add_overrides(parser, "section.key=value", "train: change a setting of the config, e.g. training.batch_size=16")
 
 
 def _bench_data(args: argparse.Namespace) -> None:
@@ -625,7 +633,21 @@ def _bench_data(args: argparse.Namespace) -> None:
     bench_data(DataOptions(**(chosen | more)))
 
 
+def _bench_train(args: argparse.Namespace) -> None:
+    from wam.evaluation.bench.train import ENGINES, TrainOptions, bench_train
+
+    chosen = {name: getattr(args, name) for name in ("processes", "threads", "check", "json", "markdown")}
+    given = {"config": args.config, "engines": ",".join(args.engines or []) or None, "processes": args.processes, "threads": args.threads, "repeats": args.repeats}
+    words = [w for flag, value in given.items() if value is not None and value != args.parser.get_default(flag) for w in (f"--{flag}", str(value))]
+    steps = 2 if args.quick else args.repeats
+    bench_train(TrainOptions(load_config(args.config, args.overrides), tuple(args.engines or ENGINES), steps=steps, **chosen, command=" ".join(["wam bench train", *words, *(["--quick"] if args.quick else []), *args.overrides])))
+
+
 def _bench(args: argparse.Namespace) -> None:
+    if args.what == "train":
+        return _bench_train(args)
+    if args.overrides:
+        raise ValueError(f"wam bench {args.what} reads no config, so {' '.join(args.overrides)} changes nothing; leave it out, or use wam bench train")
     if args.what == "data":
         return _bench_data(args)
 
@@ -635,6 +657,17 @@ def _bench(args: argparse.Namespace) -> None:
     words = [w for flag in ("device", "sizes", "dtype", "threads", "repeats") if (value := getattr(args, flag)) != args.parser.get_default(flag) for w in (f"--{flag}", str(value))]
     chosen["sizes"] = tuple(size for size in (args.sizes or "").split(",") if size)
     bench_model(Options(**{**chosen, "command": " ".join(["wam bench model", *words, *(["--quick"] if args.quick else [])])}))
+
+
+def _serve_command() -> Command:
+    from wam.serving.cli import SERVE, add_arguments  # imports nothing heavy
+
+    def serve(args: argparse.Namespace) -> None:
+        from wam.serving.cli import run
+
+        run(args)
+
+    return Command("serve", "serve plans to robots over websockets", SERVE, add_arguments, serve)
 
 
 @dataclass(frozen=True)
@@ -657,6 +690,7 @@ COMMANDS = (
     Command("rollout", "drive a robot in a simulator and count successes", ROLLOUT, _rollout_arguments, _rollout),
     Command("imagine", "compare imagined video with what happened", IMAGINE, _imagine_arguments, _imagine),
     Command("relations", "show who attends to whom in each mode", RELATIONS, _relations_arguments, _relations),
+    _serve_command(),
     Command("convert", "turn a released checkpoint into a policy folder", CONVERT, _convert_arguments, _convert),
     Command("demo", "collect, train, drive and report one task", DEMO, _demo_arguments, _demo),
     Command("report", "write the report of a run again", REPORT, _report_arguments, _report),
