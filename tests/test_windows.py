@@ -139,6 +139,8 @@ def test_rates_that_would_be_wrong_are_refused(changes: dict, groups: dict, mess
     robot = EmbodimentConfig(action_groups=(GroupConfig("hand", 4, **groups),) if groups else ())
     with pytest.raises(DatasetError, match=message):
         kinds_of(Units.of(robot, data), data, pace_of(10.0, data, timeline))
+    card = EmbodimentConfig(action_groups=(GroupConfig("hand", 3, kind="delta"), GroupConfig("grip", 1)))
+    assert kinds_of(Units.of(card, DataConfig()), DataConfig(), 2.0) == ("delta", "delta", "delta", "target"), "a robot's groups say it once for all its datasets"
     assert pace_of(10.0, DataConfig(control_hz=2.5), timeline) == 4.0 and pace_of(10.0, DataConfig(), timeline) == 1.0
     assert pace_of(29.97, DataConfig(control_hz=9.99), timeline) == 3.0
 

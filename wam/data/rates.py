@@ -8,7 +8,7 @@
     velocity   how fast: the mean of the step's rows                                                     (a0+a1+a2)/3, ...
 
 A displacement cannot be cut at a fraction of a row, so its rates must divide one another; a sum of positions would be nonsense.
-Which of the three an action is, only its robot's owner knows: it is said (data.action_kinds), never guessed.
+Which of the three an action is, only its robot's owner knows: its groups say it (`kind`), or data.action_kinds does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def kinds_of(units: Units, data: DataConfig, pace: float) -> tuple[ActionKind, .
     size = units.robot.raw_action_dim
     if pace == 1 or data.contents == "video":
         return ("target",) * size  # type: ignore[return-value]
-    said = data.action_kinds * (size if len(data.action_kinds) == 1 else 1)
+    by_group = tuple(kind for group in units.robot.action_groups for kind in (group.kind,) * group.size)
+    said = data.action_kinds * (size if len(data.action_kinds) == 1 else 1) or by_group
     where = f"{data.root} has {pace:g} rows a control step (its rate over data.control_hz)"
     if len(said) != size:
         raise DatasetError(f"{where}, and data.action_kinds lists {len(data.action_kinds)}; say of all, or of each of the {size} action dimensions, whether it is a target, delta or velocity")
