@@ -22,6 +22,7 @@ from wam.training.caches import cache
 from wam.training.draws import Draws
 from wam.training.loop import train
 from wam.training.objective import Objective, take_rows
+from wam.training.state import config_tree, differences
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data/metaworld_sample"
 
@@ -197,3 +198,9 @@ def test_the_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [entry["contents"] for entry in policy.meta["source"]["mixture"]] == ["paired", "video", "action"]
     figures = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert any(name.startswith("val/metaworld_sample/video/") for record in figures for name in record)
+
+
+def test_a_run_goes_on_with_the_same_mixture() -> None:
+    now = config_tree(example())
+    assert not differences(config_tree(example("data.latents=x", "data.workers=2")), now, {})
+    assert differences(config_tree(example("mixture=[{weight: 2}, {contents: video, weight: 0.5, embodiment: human}]")), now, {}).keys() >= {"mixture", "mixture.1.weight"}

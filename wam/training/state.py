@@ -38,7 +38,7 @@ SECTIONS = ("data", "timeline", "codec", "text", "image", "model", "relations", 
 MAY_CHANGE = (  # what does not change which run it is: how long it runs, how it is spread over machines, what it says and keeps
     *(f"training.{name}" for name in ("steps", "max_minutes", "log_every", "validate_every", "validation_batches", "validation_samples", "save_every")),
     *(f"training.{name}" for name in ("keep", "best", "best_is", "wandb", "guards", "finetune_from", "engine", "accumulate", "compile", "bucket")),
-    *("data.workers", "data.cache", "text.cache"),
+    *("data.workers", "data.cache", "data.latents", "text.cache"),
 )
 
 
@@ -137,12 +137,25 @@ def load_state(output: Path, step: int, config: Config, engine: Trained, ema: Em
             ema.load(Stored(averages))
     if isinstance(codec, LinearCodec):
         with read_part(folder, "codec") as fitted:
-            codec.load_state_dict(dict(Stored(fitted)))
+            take_codec(codec, Stored(fitted), config, str(folder))
     if manifest["processes"] == engine.world:
         with read_part(folder, "random") as rows:
             _set_generators(Stored(rows), engine.rank)
     best = manifest["best"]
     return Position(step, float(manifest["elapsed_seconds"]), manifest["guards"], best if best and best["metric"] == best_figure(config) else None)
+
+
+def take_codec(codec: LinearCodec, tensors: Mapping[str, Tensor], config: Config, where: str) -> None:
+    """Put a fitted codec in the place of another, in place.
+
+    Raises:
+        ValueError: latents that were encoded beforehand, with a codec that is not this one.
+    """
+    values = {name: tensors[name] for name in codec.state_dict()}
+    latents = next((d.latents for d in config.sources if d.latents is not None), None)
+    if latents is not None and any(not torch.equal(value.cpu(), values[name].cpu()) for name, value in codec.state_dict().items()):
+        raise ValueError(f"the latents in {latents} were encoded with another linear codec than that of {where}, which its weights read; set data.latents=null")
+    codec.load_state_dict(values)
 
 
 class Stored(Mapping[str, Tensor]):
@@ -220,7 +233,11 @@ def config_tree(config: Config) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section in SECTIONS:
         _flatten(tree[section], section, flat)
-    return {name: value for name, value in flat.items() if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)}
+    flat["mixture"] = len(config.mixture)
+    for i, entry in enumerate(tree["mixture"]):
+        _flatten(entry, f"mixture.{i}", flat)
+    may_change = [*MAY_CHANGE, *(f"mixture.{i}.{name}" for i in range(len(config.mixture)) for name in ("workers", "cache", "latents"))]
+    return {name: value for name, value in flat.items() if not any(name == free or name.startswith(f"{free}.") for free in may_change)}
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
