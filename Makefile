@@ -12,14 +12,14 @@ TEST = .venv/bin/python -m pytest -q -n 2
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: .venv/.installed ## create .venv and install wam into it, with the simulator, training, LoRA, DeepSpeed and development extras
+install: .venv/.installed ## create .venv and install wam into it, with the simulator, training, LoRA, DeepSpeed, server and development extras
 
 .venv/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: there is no '$(PYTHON)'; install Python 3.11, 3.12 or 3.13, or name it: make install PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "make: wam needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is $$($(PYTHON) --version 2>&1); choose another: make install PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot create virtual environments; on Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
 	@test -x .venv/bin/pip || $(PYTHON) -m venv --clear .venv
-	.venv/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[sim,train,dev,lora,deepspeed]'
+	.venv/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[sim,train,dev,lora,deepspeed,serve]'
 	@touch $@
 
 test: install ## run the tests

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import numpy as np
 from tiny import TASKS, Episode, tiny_episode, tiny_policy, tiny_preset
 from websockets.sync.client import ClientConnection, connect
 
@@ -23,6 +22,7 @@ from wam.serving.server import PolicyServer, run_server
 from wam.serving.wire import pack, unpack
 from wam.serving.worker import Worker, WorkerOptions
 
+NO_LIMITS = GateConfig()
 MODE, TIMEOUT = "skip", 20.0
 BLOCKS = 4
 
@@ -33,7 +33,7 @@ def policy() -> Policy:
     return tiny_policy(tiny_preset("all", None, "timeline.blocks=3", "sampling.steps=2"))
 
 
-def make_worker(gate: GateConfig = GateConfig(), contract: Contract | None = None, **options: Any) -> Worker:
+def make_worker(gate: GateConfig = NO_LIMITS, contract: Contract | None = None, **options: Any) -> Worker:
     contract = contract or Contract.of(policy())
     metrics = Metrics()
     return Worker(policy(), contract, Gate(gate, contract.robot.raw_action_dim, contract.control_hz), WorkerOptions(**{"mode": MODE, **options}), metrics)

@@ -10,7 +10,7 @@ from serving_tools import policy
 from wam.serving.contract import Contract
 from wam.serving.errors import CODES, ServingError
 from wam.serving.messages import RESET_DONE, done_reply, error_reply, parse, plan_reply
-from wam.serving.wire import Limits, pack, unpack
+from wam.serving.wire import DEFAULT_LIMITS, Limits, pack, unpack
 
 # An array as openpi's packer writes it, byte by byte: a map of four whose keys are bytes.
 ARRAY = b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x18" + struct.pack("<6f", *range(6)) + b"\xc4\x05dtype\xa3<f4\xc4\x05shape\x92\x02\x03"
@@ -20,7 +20,7 @@ IMAGE = b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x0c" + bytes(range(12)) + 
 ROBOARENA = b"\x84\xb8observation/image_corner" + IMAGE + b"\xb1observation/state" + ARRAY + b"\xa6prompt\xa4open\xa8endpoint\xa5infer"
 
 
-def _refused(data: bytes, limits: Limits = Limits()) -> str:
+def _refused(data: bytes, limits: Limits = DEFAULT_LIMITS) -> str:
     with pytest.raises(ServingError) as error:
         unpack(data, limits)
     assert error.value.code in CODES and error.value.remedy

@@ -49,6 +49,12 @@ class TimeRules:
     tolerance: float = 0.5
     offsets: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.execute is not None and self.execute < 1:
+            raise ValueError(f"execute is {self.execute}; expected actions of a plan, at least 1")
+        if not 0 <= self.tolerance < 100:
+            raise ValueError(f"the frame tolerance is {self.tolerance}; expected frame strides, such as 0.5")
+
 
 @dataclass(frozen=True)
 class Sent:
@@ -143,7 +149,7 @@ class RobotMemory:
         self.frames.append((at, frame))
 
     def _note_executed(self, request: Request, elapsed: int) -> None:
-        if self.now is None:
+        if self.now is None or request.gap:
             return
         for step in range(self.now, self.now + min(elapsed, self._kept)):
             action = request.executed[step - self.now] if request.executed is not None else self.planned(step)

@@ -7,7 +7,7 @@
       reset_session                  session holds
 
 openpi's and RoboArena's clients take every text frame for an error and raise, so a robot that gets one holds.  All dialects may carry
-the optional keys: session_id, timestamp, frame_times, executed, committed, commit_steps, deadline_ms, mode, steps, seed, embodiment.
+the optional keys: session_id, timestamp, frame_times, executed, committed, commit_steps, gap, deadline_ms, mode, steps, seed, embodiment.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Request:
         executed: actions since the observation before (n, d).
         committed: the plan's first actions, decided already (n, d).
         commit_steps: likewise, the first n of what is left of the plan before.
+        gap: something else than planned was done since the observation before, and nobody knows what.
         deadline_s: after its arrival the plan is of no use.
         steps: solver steps.
     """
@@ -64,6 +65,7 @@ class Request:
     executed: np.ndarray | None = None
     committed: np.ndarray | None = None
     commit_steps: int = 0
+    gap: bool = False
     deadline_s: float | None = None
     mode: str | None = None
     steps: int | None = None
@@ -116,6 +118,7 @@ def parse(message: Mapping[str, Any], contract: Contract) -> Request:
         executed=None if message.get("executed") is None else contract.actions("executed", message["executed"], 64 * contract.horizon),
         committed=None if message.get("committed") is None else contract.actions("committed", message["committed"], contract.horizon),
         commit_steps=int(_whole(message, "commit_steps", 0, contract.horizon) or 0),
+        gap=_truth(message, "gap"),
         deadline_s=_seconds(_number(message, "deadline_ms", 0, 3.6e6)),
         mode=_mode(message, contract),
         steps=_whole(message, "steps", 1, MAX_STEPS),
@@ -153,6 +156,13 @@ def _whole(message: Mapping[str, Any], name: str, low: int, high: int) -> int | 
     if not low <= value <= high:
         raise ServingError("bad_value", f"{name} is {value}", f"send {low} to {high}")
     return value
+
+
+def _truth(message: Mapping[str, Any], name: str) -> bool:
+    value = message.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ServingError("wrong_type", f"{name} is a {type(value).__name__}", "send true or false")
+    return bool(value)
 
 
 def _name(message: Mapping[str, Any], name: str) -> str | None:

@@ -49,6 +49,7 @@ class Job:
     Attributes:
         arrival, decode_s: when the message came (`time.monotonic`), and how long reading it took.
         gone: set when nobody waits for it any more.
+        committed: actions of the plan that are decided already (1, n, d).
     """
 
     entry: Entry
@@ -58,6 +59,7 @@ class Job:
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[dict[str, Any]]
     gone: threading.Event = field(default_factory=threading.Event)
+    committed: np.ndarray | None = None
 
     @property
     def deadline(self) -> float | None:
@@ -81,7 +83,7 @@ class WorkerOptions:
     """How plans are made.
 
     Attributes:
-        mode, seed: where a request does not say.
+        mode, seed, steps: where a request does not say; steps None: the checkpoint's.
         max_batch: robots in a forward pass.
         wait_s: longest that the first of a batch waits for others.
     """
@@ -90,6 +92,13 @@ class WorkerOptions:
     seed: int = 0
     max_batch: int = 16
     wait_s: float = 0.003
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch is {self.max_batch}; expected at least 1")
+        if not 0 <= self.wait_s <= 1:
+            raise ValueError(f"wait_s is {self.wait_s}; expected seconds, 0 to 1")
 
 
 class Worker:
@@ -146,7 +155,7 @@ class Worker:
         """Plan once for one robot, and once for a batch: kernels are chosen, buffers allocated, code compiled."""
         t, size = self.policy.config.timeline, self.policy.config.codec.image_size
         state = np.zeros((1, self.contract.robot.raw_state_dim), np.float32)
-        think = Think(self.options.mode, self.policy.config.sampling)
+        think = Think(self.options.mode, self.policy.config.sampling.with_steps(self.options.steps))
         count = min(2, self.options.max_batch)
         for robots in sorted({1, count}):
             sessions = [self._session("warm up", self.options.seed) for _ in range(robots)]
@@ -227,10 +236,11 @@ class Worker:
             entry.prompt, entry.seed = prompt, seed
         calls, anew = entry.memory.calls(entry.session)
         self.metrics.restarts.labels("anew" if anew else "same" if not calls else "appended" if entry.memory.head is not None and len(calls) == 2 else "begun").inc()
-        return entry.session, [*calls, self._think(entry, request)]
+        return entry.session, [*calls, self._think(job)]
 
-    def _think(self, entry: Entry, request: Request) -> Think:
-        return Think(request.mode or self.options.mode, self.policy.config.sampling.with_steps(request.steps), self._committed(entry, request))
+    def _think(self, job: Job) -> Think:
+        request, job.committed = job.request, self._committed(job.entry, job.request)
+        return Think(request.mode or self.options.mode, self.policy.config.sampling.with_steps(request.steps or self.options.steps), job.committed)
 
     def _committed(self, entry: Entry, request: Request) -> np.ndarray | None:
         """The first actions of the plan that are decided already, (1, n, d)."""
@@ -279,7 +289,7 @@ class Worker:
             assert entry.prompt is not None and entry.seed is not None
             entry.session = self._session(entry.prompt, entry.seed)
             calls, _ = entry.memory.calls(entry.session)
-            plan = run([entry.session], [[*calls, self._think(entry, job.request)]])[0]
+            plan = run([entry.session], [[*calls, self._think(job)]])[0]
             assert plan is not None
             return plan
         except Exception as error:
@@ -295,6 +305,8 @@ class Worker:
         assert plan.actions is not None and entry.memory.now is not None and entry.session is not None
         begun = time.monotonic()
         now, actions = entry.memory.now, plan.actions[0]
+        if job.committed is not None:
+            actions[: job.committed.shape[1]] = job.committed[0]  # as they were decided: the network's copy is rounded, and clipped to its range
         before = [a for a in (entry.memory.executed.get(now - i) for i in range(MAX_HISTORY, 0, -1)) if a is not None]
         promised = [a for a in (entry.memory.planned(now + i) for i in range(len(actions))) if a is not None]
         try:
