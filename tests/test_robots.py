@@ -14,7 +14,9 @@ from tiny import SMALL
 from wam.cli import main
 from wam.config import Config, ConfigError, from_dict, load_config, save_config
 from wam.data.check.run import check_dataset
+from wam.data.dataset import collate
 from wam.data.lerobot import LeRobotDataset
+from wam.data.mixture import training_data
 from wam.data.rotations import from_matrix, to_matrix
 from wam.data.units import Units
 from wam.inference.session import Session
@@ -25,6 +27,7 @@ from wam.training.loop import train
 ROOT = Path(__file__).resolve().parents[1]
 WRIST = "observation.images.wrist"
 LENGTHS = (30, 26, 28)
+QUICK = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validate_every=2", "training.validation_batches=1", "codec.fit_frames=64", "timeline.blocks=2")
 CARD = """
 embodiment: two_arms
 description: two arms made of nothing
@@ -89,8 +92,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_card_and_a_dataset_make_a_policy(lab: Path) -> None:
     dataset = LeRobotDataset(write_arms(lab / "data/arms"))
-    quick = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validate_every=2", "training.validation_batches=1", "codec.fit_frames=64")
-    config = load_config("run.yaml", (*SMALL, *quick, "timeline.blocks=2"))
+    config = load_config("run.yaml", (*SMALL, *QUICK))
     robot = config.model.embodiment("two_arms")
     assert (robot.raw_state_dim, robot.state_dim, robot.raw_action_dim, robot.action_dim) == (14, 16, 13, 16)
     policy = from_pretrained(train(config, lab / "run"))
@@ -110,6 +112,23 @@ def test_a_card_and_a_dataset_make_a_policy(lab: Path) -> None:
     before = units.decode_actions(units.encode_actions(rows["action"][None, :8], rows["state"][:1]), rows["state"][:1])[0]
     np.testing.assert_allclose(before[:, [*range(3), *range(6, 13)]], rows["action"][:8, [*range(3), *range(6, 13)]], atol=1e-5)
     np.testing.assert_allclose(to_matrix(before[:, 3:6], "euler"), to_matrix(rows["action"][:8, 3:6], "euler"), atol=1e-5)
+
+
+def test_two_robots_of_different_widths_in_one_run(lab: Path) -> None:
+    write_arms(lab / "data/arms")
+    (lab / "data/robots/plain.yaml").write_text("{embodiment: plain, cameras: [observation.images.corner4], state_dim: 4, action_dim: 4, normalization: mean_std}")
+    config = load_config("run.yaml", (*SMALL, *QUICK, "data.validation_fraction=0", "mixture=[{}, {robot: plain}]"))
+    data = training_data(config)
+    arms, plain = data.parts.values()
+    assert data.normalizers["plain"].method == "mean_std" and data.normalizers["two_arms"].method == "quantile"
+    batch = collate([arms[0], plain[0]])
+    assert batch["action"].shape == (2, 16, 16) and not batch["action"][1, :, 4:].any() and batch["embodiment"] == ["two_arms", "plain"]
+    policy = from_pretrained(train(config, lab / "run"))
+    for robot, sizes in (("two_arms", (14, 13)), ("plain", (4, 4))):
+        session = Session(policy, ["Open the drawer"], robot, [3])
+        assert session.normalizer == data.normalizers[robot]
+        session.observe(np.full((1, 1, 32, 48, 3), 90, np.uint8), np.full((1, sizes[0]), 0.5, np.float32))
+        assert session.plan("skip").actions.shape == (1, 8, sizes[1])
 
 
 def test_check_reads_the_columns_of_a_card(lab: Path) -> None:
