@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wam.data.video import OPENERS, VideoDecoder, VideoError, broken_files, resize_frames
+from wam.data.video import OPENERS, PacketReader, PyavReader, VideoDecoder, VideoError, broken_files, resize_frames
 
 LENGTH = 60
 
@@ -55,6 +55,20 @@ def test_frames_by_index(video: Path, backend: str) -> None:
     assert not decoder.counts.fallbacks and {name for name in OPENERS if getattr(decoder.counts, name)} == {backend}
 
 
+def test_packets_give_what_the_demuxer_gives(video: Path) -> None:
+    """One reader over many calls, in any order: reading on, jumping back, runs and single frames."""
+    packets, demuxer, rng = OPENERS["pyav"](video), PyavReader(video), np.random.default_rng(1)
+    assert isinstance(packets, PacketReader)
+    for _ in range(40):
+        first, stride, count = int(rng.integers(0, LENGTH - 12)), int(rng.integers(1, 5)), int(rng.integers(1, 4))
+        asked = first + stride * np.arange(count)
+        assert np.array_equal(packets.read(asked), demuxer.read(asked)), asked
+    other = video.with_suffix(".mkv")
+    if not other.exists():
+        fixture.write_video(other, list(range(10)))
+    assert isinstance(OPENERS["pyav"](other), PyavReader)
+
+
 @pytest.mark.parametrize("backend", ["decord", "torchcodec"])
 def test_all_decoders_give_the_same_pixels(video: Path, backend: str) -> None:
     skip_unless_it_reads(backend, video)
@@ -93,7 +107,7 @@ def test_broken_files_name_themselves(tmp_path: Path) -> None:
 def test_av1_falls_back_to_pyav_and_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "av1.mp4"
     fixture.write_video(path, list(range(12)), codec="libsvtav1")
-    decoder = VideoDecoder()
+    decoder = VideoDecoder(("decord", "pyav"))
     assert [fixture.read_stamp(f) for f in decoder.read_frames(path, [9, 2, 11])] == [9, 2, 11]
     assert (decoder.counts.decord, decoder.counts.pyav, list(decoder.counts.fallbacks)) == (0, 3, [str(path)])
 

@@ -64,7 +64,7 @@ class DataConfig:
     validation_fraction: float = 0.1  # episodes held out, the last of each task
     layout: Layout = "single"  # several cameras on one canvas: side by side, one above the other, 2 x 2, the first above the next two, or each for itself
     augment: AugmentConfig = AugmentConfig()
-    decoder: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"  # auto: decord, and PyAV for what it cannot read
+    decoder: Literal["auto", "decord", "pyav", "torchcodec"] = "auto"  # auto: PyAV, the fastest where few frames are asked for, and the one that refuses damage
     broken: Literal["refuse", "skip"] = "refuse"  # episodes whose files are missing or damaged: an error, or left out and counted
     max_broken: float = 0.1  # more than this part of the episodes broken is an error all the same
     cache: Literal["memory", "none"] = "memory"  # decoded uint8 frames kept in memory, or decoded on every access

@@ -1,8 +1,11 @@
 """Frames out of video files, by index.
 
-decord is asked first: it is the fastest on H.264, the codec this project writes.  What decord cannot read (AV1, LeRobot's default
-codec, or a platform without decord) is read with PyAV, and that is counted, so that a slow run can say why.  torchcodec can stand
-in either place.  All three number frames in the order they are shown and return the same pixels up to rounding.
+PyAV reads by default: it knows where each packet of an mp4 lies, gives the decoder those that lead to the frames asked for and nothing
+else, and refuses what its decoder reports as damaged.  decord and torchcodec can stand in its place, or before it; what the first cannot
+read is read by the next, and that is counted.  All number frames in the order they are shown and return the same pixels up to rounding.
+
+    packets    K p K p K p K p K p        K: a key frame, from which decoding can begin
+    asked          ^       ^              decoded: K p . . K p, at two places of the file; nothing is sought, nothing is read twice
 
 A file that was cut short is refused before a decoder sees it: decoders may repeat the last frame, or wait for ever.
 Readers are state: they live in a `VideoDecoder`, a few at a time, and never cross into another process.
@@ -11,6 +14,7 @@ Readers are state: they live in a `VideoDecoder`, a few at a time, and never cro
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -65,7 +69,7 @@ class VideoDecoder:
         open_files: how many files stay open; the least recently used is closed.
     """
 
-    def __init__(self, backends: Sequence[Backend] = ("decord", "pyav"), open_files: int = 8):
+    def __init__(self, backends: Sequence[Backend] = ("pyav",), open_files: int = 8):
         if not backends or not set(backends) <= set(OPENERS) or len(set(backends)) < len(backends):
             raise ValueError(f"video backends are {list(backends)}; expected some of {', '.join(OPENERS)}, each once")
         self.backends = tuple(backends)
@@ -157,6 +161,124 @@ class DecordReader:
         return self.video.get_batch(indices.tolist()).asnumpy()
 
 
+class PacketReader:
+    """An mp4 open in PyAV, packet by packet: where each lies in the file is read once, and the decoder is given what it needs.
+
+        fed        packets from the last key frame that leads to a frame, in the order of the file (decode order)
+        position   of the packet that comes next; reading on from there starts no new run
+        shown      the last frame that came out of this run; None where nothing is under way
+
+    A decoder may keep frames back (B-frames, AV1): then packets beyond the frame are fed until it comes, and at the end it is drained.
+
+    Raises:
+        VideoError: it cannot be opened, or has packets without timestamps.
+        NotPackets: a packet is not a run of the file's bytes, or the decoder's settings change on the way.
+    """
+
+    LOOKAHEAD = 40  # packets fed beyond the one of a frame before the decoder is drained; codecs reorder at most 16
+
+    def __init__(self, path: Path):
+        self.path = path
+        container, stream, packets = _demux(path)
+        with container, path.open("rb") as file:
+            if path.stat().st_size == 0 or "mp4" not in container.format.name:
+                raise NotPackets
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if any(p.pos is None or p.has_sidedata("new_extradata") or self.bytes[p.pos : p.pos + p.size] != bytes(p) for p in packets):
+                raise NotPackets
+            self.time_base = stream.time_base
+            self.codec = av.CodecContext.create(stream.codec_context.name, "r")
+            self.codec.extradata, self.codec.thread_count = stream.codec_context.extradata, 1
+        self.places = [(p.pos, p.pos + p.size, p.pts, p.dts) for p in packets]
+        frames = sorted((p.pts, i) for i, p in enumerate(packets) if not p.is_discard)
+        self.packet = [i for _, i in frames]  # of each frame, in the order they are shown
+        self.number = {time: n for n, (time, _) in enumerate(frames)}
+        self.keys = [i for i, p in enumerate(packets) if p.is_keyframe]
+        self.colours = VideoReformatter()  # one for all frames: making it costs far more than using it
+        self.position, self.shown = 0, None  # type: int, int | None
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Frames at rising indices, uint8 (n, H, W, 3)."""
+        if indices[-1] >= len(self.packet):
+            raise _too_short(self.path, int(indices[-1]), len(self.packet))
+        wanted, found = set(indices.tolist()), {}  # type: set[int], dict[int, np.ndarray]
+        for index in indices.tolist():
+            if index not in found:
+                try:
+                    self._run_to(index, wanted, found)
+                except av.error.FFmpegError as error:
+                    self.shown = None
+                    raise _damaged(self.path, index, _first_line(error)) from error
+        return np.stack([found[index] for index in indices.tolist()])
+
+    def _run_to(self, index: int, wanted: set[int], found: dict[int, np.ndarray]) -> None:
+        """Decode until frame `index` is there; other frames that are wanted are kept on the way."""
+        target, first = self.packet[index], self._key(index)
+        if self.shown is None or index <= self.shown or first > self.position:
+            self.codec.flush_buffers()
+            self.position, self.shown, self.sought = first, -1, self.number.get(self.places[first][2], 0)
+        while index not in found and self.position < min(target + self.LOOKAHEAD, len(self.places)):
+            self._keep(self.codec.decode(self._packet(self.position)), index, wanted, found)
+            self.position += 1
+        if index not in found:
+            self._keep(self.codec.decode(None), index, wanted, found)
+            self.shown = None
+        if index not in found:
+            raise VideoError(f"{self.path}: asked for frame {index} of {len(self.packet)}, but the decoder does not give it; the file is damaged: copy or record it again")
+
+    def _keep(self, frames: Sequence[Any], index: int, wanted: set[int], found: dict[int, np.ndarray]) -> None:
+        for frame in frames:
+            number = self.number.get(frame.pts, -1)
+            if number < self.sought:  # shown before the key frame: it may lack what it refers to
+                continue
+            if frame.is_corrupt:
+                self.shown = None
+                raise _damaged(self.path, index, "a frame is incomplete")
+            if number in wanted:
+                found[number] = self.colours.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            self.shown = number
+
+    def _packet(self, i: int) -> Any:
+        start, stop, pts, dts = self.places[i]
+        packet = av.Packet(self.bytes[start:stop])
+        packet.pts, packet.dts, packet.time_base = pts, dts, self.time_base
+        return packet
+
+    def _key(self, index: int) -> int:
+        """The last key packet from which a frame is still to come: before it in the file, and shown no later."""
+        time = self.places[self.packet[index]][2]
+        for key in reversed(self.keys[: bisect_right(self.keys, self.packet[index])]):
+            if self.places[key][2] <= time:
+                return key
+        raise VideoError(f"{self.path}: no key frame leads to frame {index} of {len(self.packet)}; convert the file")
+
+
+class NotPackets(Exception):
+    """A file that has to be read through its demuxer."""
+
+
+def open_pyav(path: Path) -> Reader:
+    """A file in PyAV: packet by packet where that can be, else through the demuxer."""
+    try:
+        return PacketReader(path)
+    except NotPackets:
+        return PyavReader(path)
+
+
+def _demux(path: Path) -> tuple[Any, Any, list[Any]]:
+    """A file and its first video stream, with all packets of it; nothing is decoded."""
+    try:
+        container = av.open(str(path))
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        packets: list[Any] = [p for p in container.demux(stream) if p.size]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise VideoError(f"{path}: cannot be opened as a video ({_first_line(error)}); copy or record it again") from error
+    if not packets or any(p.pts is None for p in packets):
+        raise VideoError(f"{path}: {len(packets)} packets, some or all without a timestamp; convert it to mp4")
+    return container, stream, packets
+
+
 class PyavReader:
     """A file open in PyAV, with the presentation time of every frame, from the packets (nothing is decoded for that).
 
@@ -166,15 +288,8 @@ class PyavReader:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self.container = av.open(str(path))
-            self.stream = self.container.streams.video[0]
-            self.stream.thread_type = "AUTO"
-            packets: list[Any] = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
-        except (av.error.FFmpegError, IndexError) as error:
-            raise VideoError(f"{path}: cannot be opened as a video ({_first_line(error)}); copy or record it again") from error
-        if not packets or any(p.pts is None for p in packets):
-            raise VideoError(f"{path}: {len(packets)} packets, some or all without a timestamp; convert it to mp4")
+        self.container, self.stream, packets = _demux(path)
+        packets = [p for p in packets if not p.is_discard]
         times = sorted(p.pts for p in packets)
         self.number = {time: i for i, time in enumerate(times)}
         keys = sorted((self.number[p.pts], p.pts if p.dts is None else p.dts) for p in packets if p.is_keyframe)
@@ -221,11 +336,9 @@ class PyavReader:
         try:
             frame = next(self.frames, None)
         except av.error.FFmpegError as error:
-            raise VideoError(
-                f"{self.path}: decoding failed on the way to frame {index} ({_first_line(error)}); the file is damaged: copy or record it again"
-            ) from error
+            raise _damaged(self.path, index, _first_line(error)) from error
         if frame is not None and frame.is_corrupt and self.number.get(frame.pts, -1) >= self.sought:
-            raise VideoError(f"{self.path}: decoding failed on the way to frame {index} (a frame is incomplete); the file is damaged: copy or record it again")
+            raise _damaged(self.path, index, "a frame is incomplete")
         return frame
 
 
@@ -249,7 +362,7 @@ class TorchcodecReader:
         return self.video.get_frames_at(indices.tolist()).data.numpy()
 
 
-OPENERS: dict[Backend, Callable[[Path], Reader]] = {"decord": DecordReader, "pyav": PyavReader, "torchcodec": TorchcodecReader}
+OPENERS: dict[Backend, Callable[[Path], Reader]] = {"decord": DecordReader, "pyav": open_pyav, "torchcodec": TorchcodecReader}
 
 
 def broken_files(frames: Mapping[Path, int], decoder: VideoDecoder, look_at: Literal["ends", "all"] = "ends") -> dict[Path, str]:
@@ -304,6 +417,10 @@ def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # as bytes: an order of magnitude faster, within a level of exact
     small = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
     return small.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _damaged(path: Path, index: int, why: str) -> VideoError:
+    return VideoError(f"{path}: decoding failed on the way to frame {index} ({why}); the file is damaged: copy or record it again")
 
 
 def _too_short(path: Path, asked: int, found: int) -> VideoError:
