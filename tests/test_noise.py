@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from wam.config import ConfigError, HistoryLevelsConfig, LevelsConfig, NoiseConf
 from wam.flow import level_table, shift_levels
 from wam.relations import get_mode
 from wam.timeline import Kind
+from wam.training.draws import Draws, philox
 from wam.training.noise import LevelDraw, draw_levels, draw_modes, level_weights
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "schedules.json").read_text())
@@ -288,3 +290,51 @@ def test_a_changed_key_leaves_the_others_at_their_defaults() -> None:
 def test_bad_levels_are_refused(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(NoiseConfig, tree, "noise")
+
+
+# ------------------------------------------------------------------------------------------------ row by row
+
+
+def test_philox_is_philox() -> None:
+    """Known answers of Random123 1.14 (kat_vectors, philox4x32 10)."""
+    for word, expected in ((0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]), (2**32 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD])):
+        x = np.full(1, word, np.uint64)
+        assert [int(y[0]) for y in philox((x, x), (x, x, x, x))] == expected
+
+
+def test_a_rows_numbers_do_not_depend_on_its_batch() -> None:
+    """Eight rows at once, or four and four; other rows, steps and seeds have others."""
+    config = NoiseConfig(video=VideoLevelsConfig(per="frame"), action=LevelsConfig(distribution="beta", alpha=2, beta=3, per="token"), history_probability=0.5, prefix=0.5)
+    modes = [get_mode(m) for m in ("skip", "joint", "imagine", "joint_mutual") * 2]
+
+    def numbers(rows: range, step: int = 5, seed: int = 1) -> list[Tensor]:
+        draws = Draws.at(seed, step, rows)
+        drawn = torch.tensor(draw_modes({"a": 1, "b": 2, "c": 1}, len(rows), draws))
+        levels = draw_levels(config, TIMELINE, [modes[i % 8] for i in rows], draws, predict_first_frame=True)
+        return [drawn, levels.clean_BF, levels.video_BF, levels.action_BT, levels.first_B1, *draws.normals([(2, 3), (300,)], torch.device("cpu")), draws.uniform(500)]  # type: ignore[list-item]
+
+    whole = numbers(range(8))
+    for part in (range(4), range(4, 8), range(3, 4)):
+        assert all(torch.equal(a[part.start : part.stop], b) for a, b in zip(whole, numbers(part), strict=True))
+    for other in (numbers(range(8, 16)), numbers(range(8), step=6), numbers(range(8), seed=2), numbers(range(8), seed=1 + 2**32)):
+        assert all(not torch.equal(a, b) for a, b in zip(whole[1:], other[1:], strict=True))
+    flat = torch.cat([x.flatten() for x in numbers(range(4000))[5:7]])
+    assert abs(float(flat.mean())) < 0.01 and abs(float(flat.std()) - 1) < 0.01
+    u = Draws.at(0, 0, range(2000)).uniform(50)
+    assert abs(float(u.mean()) - 0.5) < 0.003 and float(u.min()) >= 0 and float(u.max()) < 1 and len(u.unique()) > 0.99 * u.numel()
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(7.0, 1.0), (1.0, 4.0), (2.0, 3.0)])
+def test_beta_has_its_moments(alpha: float, beta: float) -> None:
+    x = Draws.at(0, 0, range(4000)).beta(alpha, beta, 20).double()
+    mean = alpha / (alpha + beta)
+    assert float(x.mean()) == pytest.approx(mean, abs=5e-3)
+    assert float(x.var()) == pytest.approx(mean * (1 - mean) / (alpha + beta + 1), rel=0.03)
+
+
+def test_modes_that_do_not_fit_a_sample_are_not_drawn() -> None:
+    possible = torch.tensor([[True, False, True], [False, False, False]]).repeat_interleave(500, dim=0)
+    drawn = draw_modes({"a": 1, "b": 5, "c": 3}, 1000, Draws.at(0, 0, range(1000)), possible)
+    assert set(drawn[:500]) == {0, 2} and drawn[:500].count(2) == pytest.approx(375, abs=40)
+    assert set(drawn[500:]) == {0, 1, 2}, "where none fits, all do"
+    assert 1 not in draw_modes({"a": 1, "b": 0, "c": 3}, 1000, Draws.at(0, 1, range(1000)))
