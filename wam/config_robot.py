@@ -35,7 +35,7 @@ class GroupConfig:
     rotation: Rotation = "none"  # the form of the raw numbers, where they are a rotation (forms: `wam.data.rotations`)
     network_rotation: Rotation | None = None  # the form that the network sees; null: as the raw numbers
     normalization: Literal["quantile", "mean_std", "min_max", "none"] | None = None  # of this group; null: data.normalization
-    kind: Literal["target", "delta", "velocity"] = "target"  # actions only: how rows of another rate become a control step, where a card says it (`wam.data.rates`)
+    kind: Literal["target", "delta", "velocity"] = "target"  # actions only: how rows of another rate become a control step (`wam.data.rates`); data.action_kinds says otherwise
     gripper: bool = False  # opens and closes: `wam check` looks at its polarity
 
     def __post_init__(self) -> None:

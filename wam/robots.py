@@ -64,7 +64,7 @@ class RobotCard:
     def data(self) -> Tree:
         """What it says of the section `data`, or of an entry of a mixture."""
         same = ("embodiment", "control_hz", "cameras", "layout", "state", "action", "executed_action", "normalization", "language", "wording")
-        return {**{name: to_dict(getattr(self, name)) for name in same}, "action_kinds": [g.kind for g in self.action_groups for _ in range(g.size)]}
+        return {name: to_dict(getattr(self, name)) for name in same}
 
     def tree(self) -> Tree:
         """What it says, as a partial config: the template is the text's, which a config can say otherwise, and not the robot's own."""
