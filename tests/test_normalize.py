@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from wam.data.normalize import Normalizer
+from wam.data.normalize import Method, Normalizer, statistics
 
 RNG = np.random.default_rng(0)
 ROWS = np.concatenate(
@@ -48,6 +50,22 @@ def test_quantiles_are_exact_and_clipped() -> None:
     assert normalizer.normalize("action", np.array([0, 0, 0, 5, 1.0]))[4] == 1, "a rare event keeps its range"
     assert Normalizer.fit({"action": ROWS}, "quantile", clip=None).normalize("action", np.full(5, 1e6)).max() > 1e5
     assert Normalizer.fit({"action": ROWS}, "mean_std").clip is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(["quantile", "mean_std", "min_max", "none"]), min_size=1, max_size=4), st.sampled_from(["quantile", "mean_std"]), st.integers(0, 99))
+def test_parts_with_methods_of_their_own_are_those_methods_side_by_side(methods: list[Method], whole: Method, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    columns = [rng.normal(rng.uniform(-9, 9), rng.uniform(0, 5), (60, int(rng.integers(1, 3)))) * rng.integers(0, 2) for _ in methods]
+    joined = Normalizer.of_parts({"action": [(statistics("action", x, m), m) for x, m in zip(columns, methods, strict=True)]}, whole)
+    assert Normalizer.from_dict(json.loads(json.dumps(joined.to_dict()))) == joined
+    rows = np.concatenate(columns, axis=1)
+    for scale in (1.0, 3.0):  # three times as far out, some of it is clipped
+        alone = [Normalizer.fit({"action": x}, m).normalize("action", scale * x) for x, m in zip(columns, methods, strict=True)]
+        np.testing.assert_array_equal(joined.normalize("action", scale * rows), np.concatenate(alone, axis=1))
+        np.testing.assert_array_equal(joined.normalize("action", torch.from_numpy(scale * rows)).numpy(), np.concatenate(alone, axis=1))
+    kept = np.abs(joined.normalize("action", rows)) < 1.5
+    np.testing.assert_allclose(joined.unnormalize("action", joined.normalize("action", rows))[kept], rows[kept], atol=1e-9)
 
 
 def test_saved_and_loaded_to_the_bit(normalizer: Normalizer, tmp_path: Path) -> None:

@@ -213,6 +213,8 @@ examples:
   wam robots
   wam robots droid
   wam robots lab/my_arm.yaml
+
+writes nothing; a card is used by naming it in a config (robot: droid)
 """
 
 
@@ -228,7 +230,7 @@ def _robots(args: argparse.Namespace) -> None:
         return
     cards = {name: read_card(str(path)) for name, path in known_cards().items()}
     for name, card in cards.items():
-        print(f"{name:<{max(map(len, cards))}}  {card.robot.raw_state_dim:>3} state  {card.robot.raw_action_dim:>3} action  {len(card.cameras)} cameras  {card.description}")
+        print(f"{name:<{max(map(len, cards))}}  {card.robot.raw_state_dim:>3} state  {card.robot.raw_action_dim:>3} action  {len(card.cameras)} camera{'s' if len(card.cameras) > 1 else ' '}  {card.description}")
 
 
 CACHE = """\
