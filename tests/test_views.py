@@ -13,12 +13,15 @@ import pandas as pd
 import pytest
 import torch
 
-from wam.config import DataConfig, TimelineConfig
+from wam.config import ConfigError, DataConfig, TimelineConfig, load_config
 from wam.config_data import AugmentConfig
 from wam.data.dataset import Draw, WindowDataset
 from wam.data.sampler import WindowSampler, make_loader, rows_of_rank
 from wam.data.video import resize_frames
 from wam.data.views import PLAIN, Canvas, change_colours, colour_matrix, compose, draw_look
+from wam.evaluation.environments import StepResult
+from wam.evaluation.seen import seen_through
+from wam.evaluation.vector import Observations
 
 TIMELINE = TimelineConfig()
 WRIST, LEFT, RIGHT = (np.full((2, 8, 12, 3), value, np.uint8) for value in (50, 100, 200))
@@ -65,6 +68,50 @@ def test_canvases_that_cannot_be() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             DataConfig(**changes)
+
+
+def test_configs_whose_canvas_does_not_fit_the_network() -> None:
+    cameras = "data.cameras=[a, b, c]"
+    assert load_config(None, [cameras, "data.layout=t", "codec.image_size=[64, 128]"]).data.layout == "t"
+    with pytest.raises(ConfigError, match="the network takes one canvas and has no view index; use layout width"):
+        load_config(None, [cameras, "data.layout=separate"])
+    with pytest.raises(ConfigError, match=r"'width' of 3 cameras has 3 cells along the width, which codec.image_size \[64, 64\] is no multiple of"):
+        load_config(None, [cameras, "data.layout=width"])
+
+
+class OneCamera:
+    """What `rollout` asks of environments."""
+
+    name, closed = "fake/robot", False
+
+    def __enter__(self) -> "OneCamera":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def reset(self, seeds: list[int]) -> Observations:
+        return Observations(np.stack([WRIST[:1]] * len(seeds)) + np.arange(12, dtype=np.uint8)[:, None], np.zeros((len(seeds), 2), np.float32))
+
+    def run(self, actions: np.ndarray, rows: list[int], frame_stride: int) -> list[StepResult]:
+        return [StepResult(LEFT, *(np.zeros(2),) * 2, np.zeros(2, bool), False)]
+
+
+def test_an_environment_is_seen_as_in_training() -> None:
+    canvas, env = Canvas("single", 1, (8, 12), crop=0.5), OneCamera()
+    assert seen_through(replace(canvas, crop=1.0), env) is env
+    with seen_through(canvas, env) as seen:
+        first, (result,) = seen.reset([1, 2]).frames, seen.run(np.zeros((1, 2)), [0], 1)
+        assert seen.name == "fake/robot" and result.frames.shape == (2, 8, 12, 3)
+        assert first.shape == (2, 1, 8, 12, 3)
+        np.testing.assert_array_equal(first[0], canvas.compose([env.reset([1]).frames[0]]))
+        assert first.min() > 52 and first.max() < 59, "the middle half"
+    with pytest.raises(ValueError, match=r"sees 3 cameras on one canvas \(t\), and fake/robot shows one; drive your robot through"):
+        seen_through(Canvas("t", 3, (64, 128)), env)
+    assert env.closed
 
 
 # ------------------------------------------------------------------------------------------------ looks

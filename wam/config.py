@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from wam.config_data import DataConfig
+from wam.config_data import DataConfig, grid_of
 from wam.config_model import CodecConfig, ImageConfig, LoraConfig, ModelConfig, RelationsConfig, SamplingConfig, TextConfig, TimelineConfig
 from wam.config_robot import EmbodimentConfig, GroupConfig
 from wam.config_time import seconds_to_steps
@@ -181,6 +181,7 @@ class Config:
         robots = [e.name for e in self.model.embodiments]
         for where, d in (("data", self.data), *((f"mixture[{i}]", d) for i, d in enumerate(self.mixture))):  # what shows video alone may be of anyone
             known = d.embodiment in robots or (d.contents == "video" and where != "data")
+            self._check_canvas(where, d)
             _require(known, f"{where}.embodiment is {d.embodiment!r}, but model.embodiments has {', '.join(robots)}", "name one of these, or add it with its sizes")
         replan = self.rollout.replan
         _require(
@@ -193,6 +194,14 @@ class Config:
             f"rollout.replan is {replan}, but frames come every timeline.frame_stride = {self.timeline.frame_stride} control steps and a plan begins at a frame",
             f"use a multiple of {self.timeline.frame_stride}",
         )
+
+    def _check_canvas(self, where: str, data: DataConfig) -> None:
+        """Compare a dataset's layout of cameras with the picture that the network takes."""
+        remedy = "use layout width, which puts them side by side"
+        _require(data.layout != "separate", f"{where}.layout is 'separate', but the network takes one canvas and has no view index", remedy)
+        for axis, size, cells in zip(("height", "width"), self.codec.image_size, grid_of(data.layout, len(data.cameras)), strict=True):
+            canvas = f"{where}.layout {data.layout!r} of {len(data.cameras)} cameras has {cells} cells along the {axis}"
+            _require(size % cells == 0, f"{canvas}, which codec.image_size {list(self.codec.image_size)} is no multiple of", f"use an image {axis} that is a multiple of {cells}")
 
 
 # ------------------------------------------------------------------------------------------------ reading and writing

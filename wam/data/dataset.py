@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 ROWS = ("state", "action", "executed")
 ARRAYS = ("frames", "frames_is_pad", "state_is_pad", "action_is_pad", "latents")
 MEAN_OF = 4096  # windows that the mean of relative actions is taken over
+OPEN_FILES = 16  # of each camera, in each process
 SHOWN = 8  # episodes and reasons that a message names
 
 
@@ -163,7 +164,7 @@ class WindowDataset(Dataset[Sample]):
         self.units = _units(self.lerobot, data, robot)
         self.kinds = kinds_of(self.units, data, self.pace)
         self.rules = Rules(self.pace, data.start_stride, data.short)
-        self.decoder = VideoDecoder(("decord", "pyav") if data.decoder == "auto" else (data.decoder,))
+        self.decoder = VideoDecoder(("pyav",) if data.decoder == "auto" else (data.decoder,), OPEN_FILES * len(data.cameras))
         self.latents: Latents | None = None
         self.broken: dict[int, str] = {}
         chosen = _episodes_of(self.lerobot, data, split)

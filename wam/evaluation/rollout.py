@@ -26,10 +26,12 @@ from tqdm import tqdm
 
 import wam
 from wam.config import RolloutConfig, to_dict
+from wam.data.views import Canvas
 from wam.evaluation.environments import Floats, Frames, StepResult
 from wam.evaluation.episodes import Driver, Episode, Watcher, generator_seed, imagine_outcome
 from wam.evaluation.gl import choose_backend
 from wam.evaluation.seeds import SPLITS, TEST
+from wam.evaluation.seen import seen_through
 from wam.evaluation.statistics import percentile, wilson
 from wam.evaluation.vector import VectorEnv
 from wam.files import write_json_atomic
@@ -172,7 +174,9 @@ def _open_environment(policy: Policy, config: RolloutConfig) -> VectorEnv:
     """The environment seen through the camera and at the size the policy was trained with."""
     camera = policy.config.data.cameras[0].rsplit(".", 1)[-1]
     rows = min(config.batch, config.episodes)
-    return VectorEnv(config.env, rows, config.workers, camera=camera, image_size=policy.config.codec.image_size[0], max_steps=config.max_steps)
+    canvas = Canvas.of(policy.config.data, policy.config.codec.image_size)
+    env = VectorEnv(config.env, rows, config.workers, camera=camera, image_size=policy.config.codec.image_size[0], max_steps=config.max_steps)
+    return seen_through(canvas, env)
 
 
 def check_environment(policy: Policy, env: VectorEnv) -> None:
