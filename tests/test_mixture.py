@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from wam.config import Config, load_config
 from wam.data.dataset import collate
 from wam.data.mixture import MixtureDataset, MixtureSampler, Quotas, TrainingData, training_data
 from wam.data.normalize import normalizer_for
-from wam.data.sampler import WindowSampler
+from wam.data.sampler import WindowSampler, make_loader
 from wam.pretrained import from_pretrained
 from wam.training import loop
+from wam.training.build import fit_codec
 from wam.training.caches import cache
 from wam.training.draws import Draws
 from wam.training.loop import train
@@ -198,6 +200,40 @@ def test_the_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [entry["contents"] for entry in policy.meta["source"]["mixture"]] == ["paired", "video", "action"]
     figures = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert any(name.startswith("val/metaworld_sample/video/") for record in figures for name in record)
+
+
+def test_one_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Video alone trains, and its policy says that it knows no robot; actions alone give a linear codec nothing to be fitted on."""
+    monkeypatch.setattr(loop, "draw_at_end", lambda output: None)
+    policy = from_pretrained(train(example("mixture=[]", "data.contents=video", "training.modes={video: 1}", "training.steps=1"), tmp_path / "video"))
+    with pytest.raises(ValueError, match=r"normalisation statistics by embodiment are \{\}"):
+        normalizer_for(policy.normalizer, "metaworld")
+    actions = example("mixture=[]", "data.contents=action", "training.modes={action_only: 1}")
+    with pytest.raises(ValueError, match="nothing to fit the linear codec on; add one that has, or name a pretrained codec"):
+        fit_codec(actions, training_data(actions))
+
+
+def test_robots_of_other_widths_share_a_batch(data: TrainingData) -> None:
+    """A robot of two dimensions beside one of four: each has its own statistics, and its losses are what they are alone."""
+    robots = "[{name: metaworld}, {name: narrow, state_dim: 2, action_dim: 2, state_groups: [{name: xy, size: 2}], action_groups: [{name: dxy, size: 2}]}]"
+    config = example("mixture=[{}, {embodiment: narrow}]", f"model.embodiments={robots}")
+    both = training_data(config)
+    assert both.normalizers.keys() == {"metaworld", "narrow"} and both.normalizers["narrow"].dim("action") == 2
+    batch = collate([both.windows[9], both.windows[len(both.windows) // 2 + 9]])
+    assert batch["action"].shape[-1] == 4 and torch.equal(batch["action"][1, :, :2], batch["action"][0, :, :2]) and not batch["action"][1, :, 2:].any()
+    objective = Objective(config, tiny_model(config), tiny_codec(config.codec))
+    losses = objective(batch, Draws.at(0, 0, range(2)), "skip")
+    assert losses.action_part.count_B.tolist() == pytest.approx([float((~batch["action_is_pad"][0]).sum()), float((~batch["action_is_pad"][1]).sum()) / 2])
+    alone = objective(take_rows(dict(batch), slice(1, 2)), Draws.at(0, 0, [1]), "skip")
+    torch.testing.assert_close(alone.action_part.sum_B[0], losses.action_part.sum_B[1], rtol=1e-4, atol=1e-5)
+
+
+def test_workers_and_restarts_do_not_matter(data: TrainingData) -> None:
+    sampler = data.sampler(4, seed=1)
+    runs = [list(islice(make_loader(data.windows, sampler, workers, start), 4 - start)) for workers, start in ((0, 0), (2, 0), (0, 2))]
+    for run in runs[1:]:
+        for batch, wanted in zip(run, runs[0][-len(run) :], strict=True):
+            assert all(value == batch[key] if isinstance(value, list) else torch.equal(value, batch[key]) for key, value in wanted.items())
 
 
 def test_a_run_goes_on_with_the_same_mixture() -> None:

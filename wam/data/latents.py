@@ -69,7 +69,7 @@ def settings_of(windows: WindowDataset, codec: Settings, content: str) -> Settin
         "format": FORMAT,
         "content": content,
         "codec": codec,
-        "pictures": {"cameras": list(d.cameras), "layout": d.layout, "image_size": list(windows.image_size)},
+        "pictures": {"cameras": list(d.cameras), "layout": d.layout, "image_size": list(windows.image_size), "decoders": list(windows.decoder.backends)},
         "windows": {
             **{"frames": t.frames, "frame_stride": t.stride, "temporal_stride": t.temporal_stride, "actions_per_block": t.actions_per_block},
             **{"control_hz": d.control_hz or windows.fps, "spans": d.spans, "start_stride": d.start_stride, "short": d.short},

@@ -87,14 +87,21 @@ def needs_pixels(config: Config) -> bool:
 
 
 def fit_codec(config: Config, data: TrainingData) -> Codec:
-    """The pretrained codec, or the linear one of all datasets with pictures, fitted on groups of frames as they occur in windows."""
+    """The pretrained codec, or the linear one of all datasets with pictures, fitted on groups of frames as they occur in windows.
+
+    Raises:
+        ValueError: there are no pictures to fit it on.
+    """
     codec = make_codec(config.codec)
     if not isinstance(codec, LinearCodec):
         return codec
     rng = np.random.default_rng(config.training.seed)
     stride = config.timeline.temporal_stride
     wanted = max(1, config.codec.fit_frames // stride // config.timeline.blocks)
-    seen: Dataset[Sample] = ConcatDataset([part for part in data.parts.values() if part.data.contents != "action"])
+    pictured = [part for part in data.parts.values() if part.data.contents != "action"]
+    if not pictured:
+        raise ValueError("no dataset of this run has pictures (data.contents is action), so there is nothing to fit the linear codec on; add one that has, or name a pretrained codec: codec.kind=wan")
+    seen: Dataset[Sample] = ConcatDataset(pictured)
     chosen = rng.choice(len(seen), size=min(wanted, len(seen)), replace=False)  # type: ignore[arg-type]
     clips = [torch.as_tensor(seen[int(i)]["frames"])[1:].unflatten(0, (-1, stride)) for i in chosen]
     codec.fit(torch.cat(clips))
