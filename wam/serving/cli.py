@@ -113,7 +113,7 @@ def _options(args: argparse.Namespace) -> Any:
         max_sessions=args.max_sessions,
         idle_s=args.idle,
         rate=args.rate,
-        burst=max(1, int(args.rate / 2)),
+        burst=max(1, int(args.rate / 2)) if 0 < args.rate < 1e9 else 1,
         grace_s=args.grace,
         limits=Limits(message_bytes=size, array_bytes=size),
         times=TimeRules(args.clock, args.execute, args.frame_tolerance, _offsets(args.frame_offsets)),

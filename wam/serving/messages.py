@@ -100,7 +100,7 @@ def parse(message: Mapping[str, Any], contract: Contract) -> Request:
     if kind == "reset":
         return Request(dialect, kind, session_id, request_id=request_id)
     robot = message.get("embodiment")
-    if robot is not None and robot != contract.robot.name:
+    if robot is not None and not (isinstance(robot, str) and robot == contract.robot.name):
         raise ServingError("unknown_embodiment", f"embodiment is {str(robot)[:40]!r}, and this server plans for {contract.robot.name!r}", "connect to a server of your robot's policy")
     frames = contract.frames(message)
     if len(frames) > MAX_FRAMES:
@@ -181,7 +181,7 @@ def _request_id(message: Mapping[str, Any]) -> str | int | None:
 
 def _mode(message: Mapping[str, Any], contract: Contract) -> str | None:
     mode = message.get("mode")
-    if mode is not None and mode not in contract.modes:
+    if mode is not None and not (isinstance(mode, str) and mode in contract.modes):
         raise ServingError("unknown_mode", f"mode is {str(mode)[:40]!r}", f"ask for one that this policy acts in: {', '.join(contract.modes)}")
     return mode
 
