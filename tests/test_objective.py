@@ -1,5 +1,6 @@
 """Losses: what each kind of sample trains, what is counted, and that leaving out what nothing sees changes nothing."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from wam.model.sampling import Step, sample
 from wam.relations import Reach
 from wam.timeline import ACTION_KINDS, Kind
 from wam.training import objective as module
-from wam.training.objective import Losses, Objective, Part, action_errors, video_errors
+from wam.training.draws import Draws
+from wam.training.objective import Losses, Objective, Part, action_errors, take_rows, video_errors
 
 EXPERTS, BATCHES = [None, 32], [1, 3]
 
@@ -255,3 +257,43 @@ def test_actions_before_the_first_frame_are_zeros_as_in_a_session() -> None:
     changed["executed"][:, :lead] += 1
     changed["action"][:, :lead] += 1
     assert torch.equal(_losses(objective, batch).action(), _losses(objective, changed).action())
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_laying_out_what_the_drawn_modes_need_changes_no_loss(expert: int | None) -> None:
+    config = tiny_preset("all", expert, "training.modes={skip: 1, imagine: 1, forward: 1}")
+    objective, inputs = _objective(config), _batch(config, 2)
+    for mode in range(3):
+        drawn = replace(objective.draw(inputs, torch.Generator().manual_seed(3), list(config.training.modes)[mode]), among=frozenset({mode}))
+        whole = objective.losses(inputs, objective.draw(inputs, torch.Generator().manual_seed(3), list(config.training.modes)[mode]))
+        small = objective.losses(inputs, drawn)
+        assert len(objective.lay(drawn.among).layout) < len(objective.layout)
+        for part in ("video_part", "action_part"):
+            torch.testing.assert_close(getattr(small, part).sum_B, getattr(whole, part).sum_B, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the whole batch
+
+
+@pytest.mark.parametrize("reduction", ["supervised", "sample", "all"])
+def test_parts_of_a_batch_add_up_to_its_loss(reduction: str) -> None:
+    """However rows are shared: each part's total over the whole batch's denominator, which is known before the network runs."""
+    config = tiny_preset("all", None, f"training.reduction={reduction}")
+    objective, inputs = _objective(config), _batch(config, 3)
+    inputs["action_is_pad"][0, 3:] = True
+    inputs["frames_is_pad"][1, 5:] = True
+    whole = objective(inputs, Draws.at(7, 2, range(3)))
+    rows = [slice(0, 1), slice(1, 3)]
+    parts = [(take_rows(inputs, s), Draws.at(7, 2, range(s.start, s.stop))) for s in rows]
+    drawn = [objective.draw(*part) for part in parts]
+    losses = [objective.losses(batch, d) for (batch, _), d in zip(parts, drawn, strict=True)]
+    together = Losses.cat(losses)
+    assert together.modes == whole.modes
+    for index, part in enumerate(("video_part", "action_part")):
+        denominator = sum(d.counts()[index].denominator(reduction) for d in drawn)
+        found = sum(getattr(x, part).total(reduction) for x in losses) / denominator
+        torch.testing.assert_close(found, getattr(whole, part).mean(reduction), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(getattr(together, part).mean(reduction), found)
+        assert getattr(together, part).error_BU.shape == getattr(whole, part).error_BU.shape
+    means = torch.stack([x.action() for x in losses]).mean()
+    assert reduction != "supervised" or not torch.isclose(means, whole.action(), rtol=1e-3), "an average of averages is another number"
