@@ -155,7 +155,7 @@ def sleep_in_step(rank: int, killed: bool) -> None:
 @pytest.mark.parametrize("killed", [False, True])
 def test_processes_that_wait_for_one_that_hangs_or_is_gone_name_it_and_stop(tmp_path: Path, killed: bool) -> None:
     output = tmp_path / "run"
-    codes = finish(start(run_training, output, ("training.steps=4", "training.engine.timeout_minutes=0.25", *QUICK), sleep_in_step, 1, killed, world=2))
+    codes = finish(start(run_training, output, ("training.steps=4", f"training.engine.timeout_minutes={2 if killed else 0.35}", *QUICK), sleep_in_step, 1, killed, world=2))
     if killed:
         assert codes[1] == -signal.SIGKILL and codes[0] in (2, EXIT_STOPPED)
         assert "process 1 (" in said(output, 0) and "is gone" in said(output, 0) and "it was last seen in " in said(output, 0)

@@ -55,7 +55,7 @@ def test_killed_while_it_saves_on_two_processes_then_another_number_goes_on(tmp_
     overrides = ("training.steps=3", "training.save_every=1", "training.validate_every=9", "training.modes={skip: 1}", "data.validation_fraction=0", *kind)
     whole, parts, one = tmp_path / "whole", tmp_path / "parts", tmp_path / "one"
     assert finish(start(run_training, whole, overrides, world=2)) == [0, 0]
-    codes = finish(start(run_training, parts, (*overrides, "training.engine.timeout_minutes=0.2"), die_at, 90, world=2))
+    codes = finish(start(run_training, parts, (*overrides, "training.engine.timeout_minutes=2"), die_at, 90, world=2))
     assert codes[0] == -signal.SIGKILL and codes[1] not in (0, None), codes  # the other one does not hang
     assert len(states(parts)) > 0 and states(parts)[-1] < 3
     step = states(parts)[-1]

@@ -33,7 +33,7 @@ from wam.model.lora import has_lora
 from wam.model.wam import WorldActionModel
 from wam.pretrained import ADAPTER, BACKBONE, CODEC, CONFIG, META, MODEL, NORMALIZER, STEM, from_pretrained
 from wam.shards import MemorySource, ShardReader, TensorSource
-from wam.training.state import config_tree, differences
+from wam.training.state import config_tree, differences, take_codec
 
 log = logging.getLogger(__name__)
 REPORT = "finetuned_from.json"
@@ -98,7 +98,7 @@ def start_from(folder: Path, config: Config, model: WorldActionModel, codec: Cod
         new = [*(f"robot {name}" for name in robots if name not in before and old.model.embodiment_weights == "own"), *new]
         dropped = [*(f"robot {name}" for name in before if name not in robots), *dropped]
     if isinstance(codec, LinearCodec):
-        codec.load_state_dict({name.removeprefix(CODEC): source.get(name) for name in source.names() if name.startswith(CODEC)})
+        take_codec(codec, {name.removeprefix(CODEC): source.get(name) for name in source.names() if name.startswith(CODEC)}, config, str(folder))
     changed = [f"{name}: {was} -> {now}" for name, (was, now) in differences(config_tree(old), config_tree(config), {}).items() if name.split(".")[0] in ("timeline", "model", "relations", "noise") and not name.startswith("model.embodiments")]
     return Report(str(folder), step, taken, new, dropped, changed, _statistics(folder, normalizer, config.data.embodiment))
 
@@ -151,7 +151,7 @@ def _fill(model: WorldActionModel, source: TensorSource, rows: list[tuple[int, i
         target, stored = ({name: x for name, x in names.items() if not name.startswith(BACKBONE)} for names in (target, stored))
     if not target.keys() & stored.keys():
         raise ValueError(f"training.finetune_from={folder} has no tensor of this model; it holds {', '.join(list(stored)[:3])}, ...")
-    for name in target.keys() & stored.keys():
+    for name in (name for name in target if name in stored):
         value, parameter = source.get(stored[name]), target[name]
         if value.shape[1:] != parameter.shape[1:] or (name not in own and value.shape != parameter.shape):
             raise ValueError(_other_size(folder, name, value, parameter, name in own))
