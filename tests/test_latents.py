@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load
 from tiny import tiny_codec, tiny_config
+from tiny_wan import wan_config, write_pipeline
 
+from wam.cli import main
 from wam.config import Config
 from wam.data.dataset import WindowDataset, collate
 from wam.data.latents import LatentError, cache_of, content_of, use_latents
 from wam.data.mixture import training_data
+from wam.text.cache import CachedText
+from wam.text.text import make_text
 from wam.training import loop
 from wam.training.build import codec_for
 from wam.training.caches import build_latents, cache
@@ -187,6 +192,41 @@ def test_training_from_latents_is_training_from_frames(root: Path, tmp_path: Pat
     alter(kept)
     with pytest.raises(LatentError, match=r"codec-\w+.safetensors is damaged: its checksum does not hold; delete it"):
         codec_for(latents, training_data(latents))
+
+
+def test_pretrained_codecs_and_instructions(root: Path, tmp_path: Path) -> None:
+    """Wan's VAE from the cache and from frames: the same but for the last bits; and the text encoder is not needed any more."""
+    folder = write_pipeline(tmp_path / "wan", "t2v")
+    c = wan_config("t2v", folder, f"data.root={root}", "data.validation_fraction=0", "data.cache=none", f"data.latents={tmp_path / 'latents'}", f"text.cache={tmp_path / 'text'}", "training.text_dropout=0.1", "timeline.blocks=1")
+    made = cache(c, 1)
+    assert made.made == 4
+    data = training_data(c)
+    codec = codec_for(c, data)
+    some = [0, 7, 11]
+    frames = torch.stack([torch.from_numpy(plain_frames(data.windows, i)) for i in some])
+    torch.testing.assert_close(collate([data.windows[i] for i in some])["latents"], codec.encode(frames), rtol=1e-5, atol=1e-5)
+    text = make_text(replace(c.text, pretrained=None))
+    assert isinstance(text, CachedText) and text.encoder is None
+    assert text([*fixture.TASKS, ""]).shape == (len(fixture.TASKS) + 1, c.text.max_tokens, 16) and text.counts.encoded == 0
+    other = replace(c, codec=replace(c.codec, dtype="bfloat16"))
+    with pytest.raises(LatentError, match=r"codec.dtype is 'float32' there and 'bfloat16' here"):
+        codec_for(other, training_data(other))
+
+
+def plain_frames(windows: Any, index: int) -> np.ndarray:
+    """A window's frames, whatever its samples have."""
+    place = windows.table.place(index)
+    frames: np.ndarray = windows.canvas.place(windows.pictures.read(windows.episodes[place.position], windows.rows(index).frames))
+    return frames
+
+
+def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"data.root={root}", "data.control_hz=null", "data.executed_action=action.executed", "codec.image_size=[32, 48]", "codec.channels=6", "codec.fit_frames=100"]
+    assert main(["cache", *settings]) == 2 and "data.latents is null" in capsys.readouterr().err
+    command = ["cache", *settings, "--output", str(tmp_path / "latents"), "--workers", "2"]
+    for expected in (r"69 windows of 0.00\d MB, 0.000 GB in 4 files \(0 were there\); [\d,]+ frames/s", r"4 files \(4 were there\); all verified"):
+        assert main(command) == 0
+        assert re.search(expected, capsys.readouterr().out)
 
 
 def test_nothing_says_where_latents_go(root: Path) -> None:
