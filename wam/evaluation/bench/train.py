@@ -4,12 +4,12 @@
     alone                                     as many processes as below, each a run of its own on its share of the batch: nobody waits for anybody
     ddp | zero1 | zero2 | zero3 | fsdp2       the same processes as one run; a step's excess over `alone` is what talking costs (communication)
 
-What is held is compared with arithmetic: P trained parameters of 4 bytes, over N processes,
+What is held after a backward pass is compared with arithmetic: P trained parameters of 4 bytes, over N processes,
 
               weights   masters   gradients   moments   average
     single    4P        -         4P          8P        4P
     ddp       4P        -         4P          8P        4P
-    zero1     4P        4P / N    4P          8P / N    4P / N
+    zero1     4P        4P / N    4P / N      8P / N    4P / N       (while the backward pass runs, gradients are whole)
     zero2     4P        4P / N    4P / N      8P / N    4P / N
     zero3     4P / N    4P / N    4P / N      8P / N    4P / N
     fsdp2     4P / N    -         4P / N      8P / N    4P / N
@@ -45,7 +45,7 @@ ENGINES = ("single", *MANY)
 PHASES = ("data", "forward", "backward", "update")
 KINDS = ("weights", "masters", "gradients", "moments", "average")
 SHARDED = {  # what of it each process holds only its share
-    "zero1": {"masters", "moments", "average"},
+    "zero1": {"masters", "gradients", "moments", "average"},
     "zero2": {"masters", "gradients", "moments", "average"},
     "zero3": set(KINDS),
     "fsdp2": set(KINDS),

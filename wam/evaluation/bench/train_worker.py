@@ -6,12 +6,11 @@ What a process holds is read off the tensors themselves, by storage, so views an
 
     weights     what the model computes with             masters    float32 copies that are updated, where those are apart
     moments     of AdamW                                 average    the EMA
-    gradients   what is there after a backward pass and gone after the update
+    gradients   as the backward pass leaves them: parameters' own, ZeRO's shares (its stage 1 has them whole only while that pass runs)
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -61,7 +60,7 @@ class Step:
         self.loader = iter(make_loader(self.data.windows, sampler, config.data.workers, 0, self.engine.rank, self.engine.world))
 
     def make(self) -> tuple[dict[str, float], int]:
-        """One step: seconds by phase, and the bytes of tensors that the update let go of."""
+        """One step: seconds by phase, and the bytes of gradients."""
         t, engine = self.config.training, self.engine
         set_rates(t, engine.optimizer, self.number, 0.0)
         engine.sum(torch.zeros(()))  # all begin together
@@ -76,14 +75,22 @@ class Step:
         times["forward"] = clock.lap()
         engine.backward(share.sum())
         times["backward"] = clock.lap()
-        del losses, share
-        held = alive()
+        gradients = self.gradients()
         clock.lap()
         engine.step()
         self.ema.update(self.number + 1)
         times["update"] = clock.lap()
         self.number += 1
-        return times, sum(held.values()) - sum(alive().values())
+        return times, sum(gradients.values())
+
+    def gradients(self) -> Bytes:
+        """Storages of gradients that are there now."""
+        found = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        zero = getattr(self.engine, "zero", None)
+        for shares in (getattr(zero, "averaged_gradients", None) or {}).values():
+            found += [share for share in shares or () if isinstance(share, Tensor)]
+        buffer = getattr(zero, "grad_partitions_flat_buffer", None)  # stage 3 keeps it
+        return storages(found if buffer is None else [*found, buffer])
 
     def held(self) -> dict[str, int]:
         """Bytes of what this process keeps between steps."""
@@ -117,7 +124,12 @@ def _pieces(parameter: Any) -> list[Tensor]:
     """What of a parameter is in this process: itself, its shard, or ZeRO-3's."""
     if hasattr(parameter, "ds_tensor"):
         return [parameter.ds_tensor.detach(), parameter.detach()]
-    return [parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()]
+    return [local(parameter.detach())]
+
+
+def local(tensor: Any) -> Tensor:
+    """What of a tensor is in this process."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def storages(tensors: Iterable[Tensor]) -> Bytes:
@@ -130,19 +142,6 @@ def storages(tensors: Iterable[Tensor]) -> Bytes:
     return found
 
 
-def alive() -> Bytes:
-    """Storages of every tensor that Python knows of."""
-    found: Bytes = {}
-    gc.collect()
-    for item in gc.get_objects():
-        if type(item) in (Tensor, torch.nn.Parameter):
-            grad = item.grad if item.is_leaf else None
-            found |= storages([item.detach(), *([] if grad is None else [grad.to_local() if hasattr(grad, "to_local") else grad])])
-        elif hasattr(type(item), "to_local") and isinstance(item, Tensor):
-            found |= storages([item.to_local(), *([item.grad.to_local()] if item.is_leaf and item.grad is not None else [])])  # type: ignore[attr-defined]
-    return found
-
-
 def main(path: Path) -> None:
     """Do what a request asks for, and write what was found beside it."""
     request = json.loads(path.read_text())
@@ -150,7 +149,7 @@ def main(path: Path) -> None:
     step = Step(from_dict(Config, request["config"]))
     made = [step.make() for _ in range(request["warmups"] + request["steps"])]
     timed = made[request["warmups"] :]
-    held = {**step.held(), "gradients": max(released for _, released in timed)}
+    held = {**step.held(), "gradients": max(gradients for _, gradients in timed)}
     engine = step.engine
     number = int(os.environ.get("RANK", request.get("number", 0)))
     facts = {"seconds": {phase: [times[phase] for times, _ in timed] for phase in PHASES}, "bytes": held, "parameters": step.parameters}
