@@ -180,7 +180,7 @@ class TrainingConfig:
     log_every: int = 20
     validate_every: int = 500
     validation_batches: int = 4  # of held-out windows whose losses are measured
-    validation_samples: int = 32  # held-out windows from which actions and video are sampled, in every mode that is trained
+    validation_samples: int = 16  # held-out windows from which actions and video are sampled, in every mode that is trained
     wandb: str | None = None  # a Weights & Biases project that records go to as well
     save_every: int = 500
     keep: KeepConfig = KeepConfig()
