@@ -206,10 +206,13 @@ def with_language(root: Path, copy: Path) -> Path:
     return copy
 
 
-def test_windows_inside_one_instruction(root: Path, tmp_path: Path) -> None:
+def test_windows_inside_one_instruction(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = config(with_language(root, tmp_path / "spoken"), cache="none", spans="language", language=("language_instruction", "language_instruction_2"), wording="any")
     dataset = WindowDataset(data, TIMELINE, "train", None, SIZE)
     assert len(dataset) == sum(13 - 8 + max(0, length - 13 - 8) for length in LENGTHS[:4]) and dataset.instructions == ["go there", "grasp", "reach"]
+    assert not caplog.records
+    WindowDataset(replace(data, short="pad"), TIMELINE, "validation", None, SIZE)
+    assert "2 of 6 spans" in caplog.text and "are padded: rows 0..5 of episode 6, rows 0..4 of episode 7" in caplog.text
     for index in range(0, len(dataset), 3):
         sample, plain = dataset[Draw(index, 0, 0)], dataset[index]
         stop = 13 if sample["start"] < 13 else LENGTHS[sample["episode"]]

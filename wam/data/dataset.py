@@ -168,13 +168,15 @@ class WindowDataset(Dataset[Sample]):
         self.latents: Latents | None = None
         self.broken: dict[int, str] = {}
         chosen = _episodes_of(self.lerobot, data, split)
-        short = self._table_of(chosen).too_short
-        self.too_short = [chosen[p] for p in short]
-        self.episodes = [e for p, e in enumerate(chosen) if p not in set(short)]
+        found = self._table_of(chosen)
+        self.too_short = [chosen[p] for p in found.too_short]
+        self._report_short(found, chosen)
+        self.episodes = sorted(set(chosen) - set(self.too_short))
         self.pictures = self._open_frames()
         rows = {e: self._read_rows(e) for e in self.episodes} if data.contents != "video" else {}
         self._leave_out_broken(len(chosen))
         self.table = self._table_of(self.episodes)
+        self._positions = {e: p for p, e in enumerate(self.episodes)}
         self.offsets = np.concatenate([[0], np.cumsum([self.lerobot.episodes[e].length for e in self.episodes])])
         self._raw = {name: np.concatenate([rows[e][name] for e in self.episodes]) for name in ROWS} if rows else {}
         self.normalizer = normalizer
@@ -260,7 +262,7 @@ class WindowDataset(Dataset[Sample]):
         Raises:
             ValueError: it is not one of this split's.
         """
-        if index not in self.episodes:
+        if index not in self._positions:
             raise ValueError(
                 f"episode {index} is not in this split, which has {len(self.episodes)}: {self.episodes[:8]}{'...' if len(self.episodes) > 8 else ''}"
             )
@@ -268,12 +270,12 @@ class WindowDataset(Dataset[Sample]):
         steps = np.arange(int(meta.length / self.pace) + 1)
         steps = steps[rows_at(steps, self.pace) < meta.length]
         states, actions = rows_at(steps, self.pace), rows_in_force(steps, self.pace)
-        frames = self._canvas_at(self.episodes.index(index), states)
+        frames = self._canvas_at(self._positions[index], states)
         return EpisodeView(frames, raw["state"][states], raw["action"][actions], raw["executed"][actions], meta.instruction)
 
     def _rows_of(self, episode: int) -> dict[str, np.ndarray]:
         """Raw rows of an episode: "state", and "action" and "executed" as a control step that begins there has them."""
-        position = self.episodes.index(episode)
+        position = self._positions[episode]
         return {name: values[self.offsets[position] : self.offsets[position + 1]] for name, values in self._raw.items()}
 
     # -------------------------------------------------------------------------------------------- one window
@@ -346,6 +348,13 @@ class WindowDataset(Dataset[Sample]):
             return window_table([self._spans(e) for e in episodes], self.timeline, self.rules, episodes)
         except ValueError as error:
             raise DatasetError(f"{self.data.root}, {self.split} episodes: {error}") from error
+
+    def _report_short(self, table: WindowTable, episodes: list[int]) -> None:
+        """Say which spans have no room for a block, where that is more than episodes left out (`too_short`)."""
+        short, padded = table.short_spans, self.data.short == "pad"
+        if short and (padded or self.data.spans == "language"):
+            some = ", ".join(f"rows {place.start}..{place.stop - 1} of episode {episodes[place.position]}" for place in short[:SHOWN])
+            log.warning("%d of %d spans of %s, %s, have no room for a block and are %s: %s%s", len(short), len(table.places), self.data.root, self.split, "padded" if padded else "left out", some, ", ..." if len(short) > SHOWN else "")
 
     def _open_frames(self) -> Frames | None:
         """The frames of `episodes`; those that cannot be seen are `broken` where that is allowed."""
