@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 OLD_STATE = "training_state.safetensors"  # of earlier versions: one file, with a hash in place of a config that could be compared
 PREVIOUS = "previous"
 CHECKPOINT = "checkpoint"
-WRITTEN = (STATES, OLD_STATE, CHECKPOINT, BEST, "skipped", "log.jsonl", "tensorboard", "config.yaml")  # what a run leaves in its folder
+WRITTEN = (STATES, OLD_STATE, CHECKPOINT, BEST, "skipped", "validation", "log.jsonl", "tensorboard", "wandb_run.txt", "curves.png", "config.yaml", "finetuned_from.json")  # what a run leaves in its folder
 SECTIONS = ("data", "timeline", "codec", "text", "image", "model", "relations", "noise", "training")
 MAY_CHANGE = (  # what does not change which run it is: how long it runs, how it is spread over machines, what it says and keeps
     *(f"training.{name}" for name in ("steps", "max_minutes", "log_every", "validate_every", "validation_batches", "validation_samples", "save_every")),

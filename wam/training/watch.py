@@ -32,6 +32,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wam.training.guards import Unstable
+
 log = logging.getLogger(__name__)
 EXIT_STOPPED = 70  # of a process whose watch ended it
 SILENCE = 60.0  # seconds without a sign of life after which a process counts as gone
@@ -141,8 +143,9 @@ class Watch:
         """What to raise for an error of this process: itself, or what was wrong with another process that caused it."""
         if self._thread is None:
             return error
+        collective = isinstance(error, RuntimeError) and not isinstance(error, Unstable)  # the others' errors come as RuntimeError
         end = time.monotonic() + 6 * self.pause
-        while time.monotonic() < end:  # a collective fails at once when its peer is gone; that it is silent shows a little later
+        while collective and time.monotonic() < end:  # a collective fails at once when its peer is gone; that it is silent shows a little later
             self._end.wait(self.pause)
             found = self._verdict(4 * self.pause)
             if found is not None and not found.startswith(f"process {self.rank} "):
@@ -185,7 +188,7 @@ class Watch:
                     self._stop(f"process 0, which keeps the watch's store, is gone ({str(error).splitlines()[0]})")
                 return
             found = self._verdict(self.silence)
-            if found is not None and self._state == "running" and not self._end.wait(self.timeout / 20 if "failed" in found else 0):
+            if found is not None and self._state == "running" and not self._end.wait(5 * self.pause if "stopped" in found else 0):  # its own error may be on its way
                 self._stop(found)
 
     def _stop(self, why: str) -> None:
