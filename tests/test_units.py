@@ -132,6 +132,18 @@ def test_whole_columns_pass_through_and_the_old_form_of_relative_is_the_new() ->
     np.testing.assert_array_equal(old.encode_actions(actions, state, pad)[~pad][:, :3], (actions - state[:, None])[~pad][:, :3])
 
 
+def test_no_motion_is_what_staying_is_encoded_as() -> None:
+    hand = {"name": "hand", "size": 4, "rotation": "quaternion"}
+    moved = [{"name": "place", "size": 3, "relative_to": "place"}, {"name": "grip", "size": 1}, {**hand, "network_rotation": "rotation_6d", "relative_to": "hand"}]
+    units = Units.of(robot([{"name": "place", "size": 3}, hand], moved), DataConfig())
+    state = np.concatenate([[1.0, 2, 3], from_matrix(turns(3), "quaternion")])
+    stays = units.encode_actions(np.concatenate([state[:3], [0.4], state[3:]])[None], state)[0]
+    still = units.no_motion()
+    assert np.isnan(still).tolist() == [False] * 3 + [True] + [False] * 6
+    np.testing.assert_allclose(np.where(np.isnan(still), 0.4, still), stays, atol=1e-7)
+    assert np.isnan(Units.of(EmbodimentConfig("arm", 4, 4), DataConfig()).no_motion()).all()
+
+
 # ------------------------------------------------------------------------------------------------ statistics
 
 

@@ -198,6 +198,16 @@ class Units:
         origin = self._origin(origin_state)
         return np.concatenate([part.decode(actions[..., part.seen], origin if part.relative else None) for part in self.action], axis=-1)
 
+    def no_motion(self) -> np.ndarray:
+        """(D,) float32: a relative action that stays at its block's start; NaN in absolute dimensions, where staying is another number each time."""
+        still = np.full(self.action_dim, np.nan, np.float32)
+        for part in self.action:
+            if part.form != "none":
+                still[part.seen] = from_matrix(np.eye(3), part.seen_as) if part.relative else np.nan
+            elif part.relative:
+                still[part.seen] = np.where(np.asarray(part.origin) >= 0, 0, np.nan)
+        return still
+
     def _origin(self, state: np.ndarray | None) -> np.ndarray | None:
         if not self.relative:
             return None

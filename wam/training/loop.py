@@ -46,7 +46,7 @@ from wam.training.guards import Guard, Unstable, diagnosis, save_evidence
 from wam.training.meters import Meters
 from wam.training.objective import Drawn, Losses, Objective, Supervised, take_rows
 from wam.training.state import CHECKPOINT, Position, bytes_of, facts_of, load_state, newest_step, parts_of, prepare_folder
-from wam.training.validation import HeldOut, validate
+from wam.training.validation import HeldOut, still_of, validate
 from wam.training.watch import Watch, stop_requests, watching
 
 log = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class _Run:
 
     def _validation(self, step: int) -> dict[str, float]:
         """Figures of the averaged weights on held-out windows."""
-        parts = [HeldOut(name, windows, torch.as_tensor(self.data.mean_action(windows))) for name, windows in self.data.held_out.items()]
+        parts = [HeldOut(name, windows, torch.as_tensor(self.data.mean_action(windows)), still_of(windows)) for name, windows in self.data.held_out.items()]
         if not parts:
             return {}
         with self.engine.showing(self.ema), self.autocast:

@@ -6,7 +6,7 @@
 
     val/<mode>/<video|action>     losses as in training             val/loss      all of them, weighted as in training
     val/action_mse/<mode>         sampled actions against the label (`inverse`: with the video that really came), normalised units; beside
-                                  `hold`, which repeats the last executed action, and `mean`, which always does the average one
+                                  `hold`, which repeats the last executed action (a relative one: stays), and `mean`, which always does the average one
     val/video_mse/<mode>          sampled latents against those that came (`forward`: with the actions really executed); beside `static`,
     val/psnr/<mode>               a copy of the last frame; and in pixels, dB over those that move
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from wam.config import Config, SamplingConfig
-from wam.data.dataset import collate
+from wam.data.dataset import WindowDataset, collate
 from wam.model.actions import pad_actions, pad_states
 from wam.model.sampling import Held, Noise, Sample, Situation, sample
 from wam.pictures import film, moving_mask, psnr, write_png
@@ -50,11 +50,20 @@ class HeldOut:
         name: of the dataset, for figures of its own where there are several.
         windows: a map-style dataset of `wam.data.dataset.Sample`.
         mean_action: (action_dim,) the average label, normalised.
+        still: (action_dim,) no motion, normalised, in dimensions that are relative to the state; NaN in the others; None: all are absolute.
     """
 
     name: str
     windows: Any
     mean_action: Tensor
+    still: Tensor | None = None
+
+
+def still_of(windows: WindowDataset) -> Tensor | None:
+    """`HeldOut.still` of a dataset."""
+    if windows.normalizer is None or not windows.units.relative:
+        return None
+    return torch.as_tensor(windows.normalizer.normalize("action", windows.units.no_motion()))
 
 
 class Sums:
@@ -263,7 +272,9 @@ class Driven:
         robot = self.config.model.embodiments[int(self.embodiment[0])]
         guesses["mean"] = pad_actions(self.config.model, robot, self.part.mean_action.to(self.device)[: robot.action_dim]).expand_as(target[:, start:])
         if self.first:
-            guesses["hold"] = self.executed.unflatten(1, (-1, A))[:, self.first - 1 : -1, -1:].expand(-1, -1, A, -1).flatten(1, 2)
+            last = self.executed.unflatten(1, (-1, A))[:, self.first - 1 : -1, -1:].expand(-1, -1, A, -1).flatten(1, 2)
+            still = None if self.part.still is None else pad_actions(self.config.model, robot, self.part.still.to(self.device)[: robot.action_dim])
+            guesses["hold"] = last if still is None else torch.where(still.isnan(), last, still)
         for name, guess in guesses.items():
             error = ((guess.float() - target[:, start:]).square() * channels).sum(-1) / channels.sum(-1)
             sums.add(prefixes, f"action_mse/{name}", (error * seen[:, start:]).sum(), seen[:, start:].sum())
