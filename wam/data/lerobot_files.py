@@ -8,6 +8,7 @@ to mend it.  Nothing is repaired here, and nothing is made up for what is missin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -126,7 +127,7 @@ def read_table(path: Path, columns: Iterable[str] | None = None) -> pa.Table:
     """
     _require_file(path)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where the writer left checksums
             return file.read(columns=None if columns is None else [name for name in file.schema_arrow.names if name in set(columns)])
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(
@@ -172,6 +173,7 @@ def episode_rows(path: Path) -> dict[int, slice]:
     """Which rows of a data file belong to which episode; they must lie together and in order."""
     episodes = read_column(path, "episode_index", Feature("int64", (1,)))[:, 0]
     frames = read_column(path, "frame_index", Feature("int64", (1,)))[:, 0]
+    counted = {name: _numbers(path, name) for name in ("index", "timestamp")}
     edges = np.flatnonzero(np.diff(episodes)) + 1
     starts, stops = np.concatenate([[0], edges]), np.concatenate([edges, [len(episodes)]])
     runs: dict[int, slice] = {}
@@ -183,8 +185,21 @@ def episode_rows(path: Path) -> dict[int, slice]:
             raise DatasetError(
                 f"{path}: the rows of episode {episode} are not in order (frame_index must count 0, 1, 2, ... within it); record the dataset again"
             )
+        steps = {name: np.diff(values[start:stop]) for name, values in counted.items() if values is not None}
+        if not (np.all(steps.get("index", 1) == 1) and np.all(steps.get("timestamp", 1) > 0)):
+            raise DatasetError(
+                f"{path}: the rows of episode {episode} are not in order (index must count up by 1 and timestamp must rise within it); record or copy the dataset again"
+            )
         runs[episode] = slice(start, stop)
     return runs
+
+
+def _numbers(path: Path, key: str) -> np.ndarray | None:
+    """A column of numbers that a file may have, (rows,)."""
+    with contextlib.suppress(pa.ArrowException, OSError):  # whoever reads its columns says what is wrong with it
+        if key not in pq.read_schema(path).names:
+            return None
+    return read_column(path, key, Feature("float64" if key == "timestamp" else "int64", (1,)))[:, 0]
 
 
 def place(root: Path, name: str, template: Any, **where: Any) -> Path:

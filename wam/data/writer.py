@@ -296,4 +296,4 @@ def _flat_stats(stats: Mapping[str, Stats]) -> dict[str, Any]:
 
 def _write_parquet(table: pa.Table, path: Path) -> None:
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="snappy")
+        pq.write_table(table, temporary, compression="snappy", write_page_checksum=True)  # a flipped bit is then found when it is read
