@@ -24,7 +24,7 @@ LEVELS = (
     ("wam.cli",),
 )
 APART = {"wam.training", "wam.inference"}
-OPTIONAL = {"metaworld", "mujoco", "decord", "tensorboard", "matplotlib", "xformers", "deepspeed", "peft", "torchcodec"}
+OPTIONAL = {"metaworld", "mujoco", "decord", "tensorboard", "matplotlib", "xformers", "deepspeed", "peft", "torchcodec", "wandb"}
 SIMULATORS = {"metaworld", "mujoco"}  # an environment's own file in wam/evaluation may need its simulator; nothing else may then need that file
 
 
