@@ -22,7 +22,7 @@ import numpy as np
 from wam.data.check.evidence import TIMESTAMP, Evidence, read_json
 from wam.data.check.findings import Finding, Level, some
 from wam.data.normalize import SMALLEST_RANGE
-from wam.data.windows import count_starts
+from wam.data.windows import block_rows, rows_at
 from wam.pretrained import META
 
 MOST_LAG = 0.6  # seconds in which a shift is looked for, at most a quarter of the shortest episode
@@ -173,16 +173,17 @@ def rates(evidence: Evidence) -> list[Finding]:
                     "encode the videos at the dataset's rate, or correct fps",
                 )
             )
+    clock = evidence.config.data.control_hz or fps  # control steps a second of the model
     meta = read_json(evidence.checkpoint / META) if evidence.checkpoint else None
-    if meta and meta.get("control_hz") and abs(float(meta["control_hz"]) / fps - 1) > 0.01:
+    if meta and meta.get("control_hz") and abs(float(meta["control_hz"]) / clock - 1) > 0.01:
         found.append(
             Finding(
                 "error",
                 "rates",
                 str(evidence.checkpoint),
                 f"trained at {float(meta['control_hz']):g} control steps a second",
-                f"the dataset's {fps:g}",
-                "resample the dataset, or start from another checkpoint",
+                f"{'the dataset' if clock == fps else 'data.control_hz'}'s {clock:g}",
+                f"set data.control_hz={float(meta['control_hz']):g}, or start from another checkpoint",
             )
         )
     t = evidence.config.timeline
@@ -192,7 +193,7 @@ def rates(evidence: Evidence) -> list[Finding]:
                 "info",
                 "rates",
                 "timeline",
-                f"a block of {t.actions_per_block} control steps lasts {t.actions_per_block / fps:.3g} s with frames {t.frame_stride / fps:.3g} s apart, a window {t.blocks * t.actions_per_block / fps:.3g} s",
+                f"a block of {t.actions_per_block} control steps lasts {t.actions_per_block / clock:.3g} s with frames {t.frame_stride / clock:.3g} s apart, a window {t.blocks * t.actions_per_block / clock:.3g} s",
                 "the pace you meant",
                 "change timeline.frame_stride and actions_per_block for another",
             )
@@ -209,16 +210,18 @@ def _video_rate(path: object) -> float | None:
 def windows(evidence: Evidence) -> list[Finding]:
     """Episodes in which no window, or no whole one, fits."""
     t, lengths = evidence.config.timeline, [episode.length for episode in evidence.dataset.episodes]
-    none = [i for i, length in enumerate(lengths) if count_starts(length, t) == 0]
-    padded = [i for i, length in enumerate(lengths) if t.actions_per_block < length <= t.blocks * t.actions_per_block]
+    pace = evidence.dataset.fps / (evidence.config.data.control_hz or evidence.dataset.fps)
+    block, window = block_rows(t, pace), int(rows_at(t.blocks * t.actions_per_block, pace))
+    none = [i for i, length in enumerate(lengths) if length <= block]
+    padded = [i for i, length in enumerate(lengths) if block < length <= window]
     found = []
     if none:
         level: Level = "error" if len(none) == len(lengths) else "warning"
         found.append(
-            _short(level, none, lengths, f"shorter than a block ({t.actions_per_block} + 1 rows) and never seen", f"at least {t.actions_per_block + 1} rows")
+            _short(level, none, lengths, f"shorter than a block ({block} + 1 rows) and never seen", f"at least {block + 1} rows")
         )
     if padded:
-        found.append(_short("info", padded, lengths, "shorter than a window, which is padded", f"more than {t.blocks} x {t.actions_per_block} rows"))
+        found.append(_short("info", padded, lengths, "shorter than a window, which is padded", f"more than {window} rows"))
     return found
 
 
