@@ -96,8 +96,9 @@ def test_a_step_that_is_left_out_changes_nothing_and_the_count_survives(tmp_path
     train(quick_config("training.steps=3", *QUICK), tmp_path)
     folder = tmp_path / "skipped" / "step-00000001"
     told = json.loads((folder / "rank-00000.json").read_text())
-    assert told["reason"] == "the loss is nan" and len(told["samples"]) == 4 and {"episode", "start", "mode", "action_error"} <= set(told["samples"][0])
-    assert load_file(folder / "rank-00000.safetensors")["frames"].dtype == torch.uint8
+    assert told["reason"] == "the loss is nan" and len(told["samples"]) == 4 and {"episode", "start", "mode", "action_error", "video_level"} <= set(told["samples"][0])
+    tensors = load_file(folder / "rank-00000.safetensors")
+    assert tensors["frames"].dtype == torch.uint8 and len(tensors["action_levels"]) == 4
     first, second, third = (_state(tmp_path, step) for step in (1, 2, 3))
     assert all(torch.equal(first[k], second[k]) for k in first if not k.startswith("random.")) and not torch.equal(first["model.action_decoder.table"], third["model.action_decoder.table"])
     assert read_manifest(state_folder(tmp_path, 3))["guards"]["skipped"] == [1]

@@ -4,8 +4,8 @@
     gradient norm likewise                                       ->  the same, on every process, since both numbers are everyone's
     more than max_skipped of the last `window` steps             ->  `Unstable`: which episodes, dimensions and modes recur, and what to do
 
-    output/skipped/step-00000123/rank-00000.json           why; per sample its episode, start, mode and errors; the largest values
-                                 rank-00000.safetensors    the batch's tensors (of the first `SAVED` steps)
+    output/skipped/step-00000123/rank-00000.json           why; per sample its episode, start, mode, levels and errors; the largest values
+                                 rank-00000.safetensors    the batch's tensors, with the level of every token (of the first `SAVED` steps)
 
 Medians and counts are part of the state, so a run that was killed leaves out the same steps as one that was not.
 """
@@ -108,7 +108,8 @@ def save_evidence(output: Path, step: int, rank: int, reason: str, batch: Mappin
     path = folder / f"rank-{rank:05d}.safetensors"
     described = {"step": step, "rank": rank, "reason": reason, "samples": _samples(batch, losses), "largest": _largest_values(batch), "gradient_norms": {k: _plain(v) for k, v in norms.items()}}
     if len(list(path.parent.parent.glob(f"*/{path.name}"))) < SAVED:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in batch.items() if isinstance(value, Tensor)}
+        levels = {f"{part}_levels": getattr(losses, f"{part}_part").sigma_BU for part in ("video", "action")}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in {**batch, **levels}.items() if isinstance(value, Tensor)}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     write_json_atomic(path.with_suffix(".json"), described)
@@ -116,17 +117,19 @@ def save_evidence(output: Path, step: int, rank: int, reason: str, batch: Mappin
 
 
 def _samples(batch: Mapping[str, Any], losses: Any) -> list[dict[str, Any]]:
-    """Of each sample, whatever names it, and its mean errors."""
+    """Of each sample, whatever names it, its mode, and its mean errors and noise levels."""
     size = len(losses.modes)
     names = {k: v for k, v in batch.items() if (isinstance(v, list) and len(v) == size) or (isinstance(v, Tensor) and v.shape == (size,) and not v.is_floating_point())}
-    errors = {}
+    figures: dict[str, list[float]] = {}
     for part in ("video", "action"):
-        errors_of = getattr(losses, f"{part}_part")
-        errors[part] = (errors_of.sum_B / errors_of.count_B.clamp_min(1)).detach().float().cpu().tolist()
+        of = getattr(losses, f"{part}_part")
+        figures[f"{part}_error"] = (of.sum_B / of.count_B.clamp_min(1)).detach().float().cpu().tolist()
+        if of.sigma_BU is not None:
+            figures[f"{part}_level"] = of.sigma_BU.detach().float().mean(1).cpu().tolist()
     rows = []
     for i in range(size):
         named = {k: v[i] if isinstance(v, list) else v[i].item() for k, v in names.items()}
-        rows.append({**named, "mode": losses.modes[i], **{f"{part}_error": _plain(values[i]) for part, values in errors.items()}})
+        rows.append({**named, "mode": losses.modes[i], **{name: _plain(values[i]) for name, values in figures.items()}})
     return rows
 
 
