@@ -27,7 +27,7 @@ from wam.training.loop import train
 ROOT = Path(__file__).resolve().parents[1]
 WRIST = "observation.images.wrist"
 LENGTHS = (30, 26, 28)
-QUICK = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validate_every=2", "training.validation_batches=1", "codec.fit_frames=64", "timeline.blocks=2")
+QUICK = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validate_every=2", "training.validation_batches=1", "training.validation_samples=1", "training.modes={skip: 1, joint: 1}", "codec.fit_frames=64", "timeline.blocks=2")
 CARD = """
 embodiment: two_arms
 description: two arms made of nothing
