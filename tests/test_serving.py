@@ -4,6 +4,9 @@ import asyncio
 import http.client
 import json
 import logging
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -284,6 +287,21 @@ def test_without_the_key_there_is_nothing_but_health(caplog: pytest.LogCaptureFi
         ServeOptions(host="0.0.0.0")
     with pytest.raises(ValueError, match="at least 16"):
         ServeOptions(api_key="short")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", cert, "-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    with serving(certificate=cert, private_key=key) as running:
+        trusting = ssl.create_default_context(cafile=str(cert))
+        with Talk(running.url.replace("ws:", "wss:"), ssl=trusting) as talk:
+            assert "actions" in talk.ask(observation(0, 0))
+        with pytest.raises(ssl.SSLCertVerificationError):
+            Talk(running.url.replace("ws:", "wss:"))
+    key.write_text("no key")
+    with pytest.raises(ValueError, match="are no certificate and private key"):
+        ServeOptions(certificate=cert, private_key=key).tls()
 
 
 def test_a_key_file_is_for_its_owner_alone(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from serving_tools import Talk, observation, policy
 
 from wam.cli import main
 from wam.pretrained import save_pretrained
+from wam.serving import logs
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,8 @@ from wam.pretrained import save_pretrained
         ([], "no-checkpoint-here"),
     ],
 )
-def test_wrong_settings_are_one_line(flags: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_settings_are_one_line(flags: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "set_up", lambda form: None)  # for a process of its own
     assert main(["serve", "--checkpoint", str(tmp_path / "no-checkpoint-here"), *flags]) == 2
     assert told in capsys.readouterr().err
 

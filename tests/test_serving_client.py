@@ -106,20 +106,46 @@ def _look(client: PolicyClient, t: float) -> Observation:
     return Observation(t, {"front": np.zeros((8, 8, 3), np.uint8)}, np.zeros(8, np.float32))
 
 
+class Held(FakePolicy):
+    """Plans that come when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(horizon=16, control_hz=50)
+        self.may = threading.Event()
+        self.messages: list[dict] = []
+
+    def _reply(self, message: dict) -> object:
+        self.messages.append(message)
+        assert self.may.wait(10)
+        return super()._reply(message)
+
+
 def test_replanning_goes_on_while_plans_are_made_and_moves_on_from_what_was_decided() -> None:
-    with FakeServer(FakePolicy(horizon=16, control_hz=50, delay_s=0.03)) as fake, PolicyClient(fake.url, "go") as client:
-        broker, actions = ReplanningBroker(client, delay_steps=6), []
-        start, step = time.monotonic(), 0
-        while step < 60:
-            due = start + step / 50
-            time.sleep(max(0.0, due - time.monotonic()))
-            begun = time.monotonic()
-            actions.append(broker.step(_look(client, due)))
-            assert time.monotonic() - begun < 0.02 or os.getloadavg()[0] > 2, "a step never waits for a plan"
-            step += 1
-        first = next(i for i, a in enumerate(actions) if a is not None)
-        assert all(a is not None for a in actions[first:]) or os.getloadavg()[0] > 2
-        assert fake.policy.requests >= 3 and broker.error is None
+    """A plan is asked for every 8 steps and comes 3 steps later; what is executed is the motion that every plan is a part of."""
+    held = Held()
+    with FakeServer(held) as fake, PolicyClient(fake.url, "go") as client:
+        broker, actions = ReplanningBroker(client, delay_steps=4, watchdog=Watchdog(60, 120)), []
+        for step in range(60):
+            held.may.clear() if step % 8 == 0 else None
+            actions.append(broker.step(_look(client, step / 50)))
+            if step % 8 == 3:
+                held.may.set()
+                broker.join(10)
+        held.may.set()
+        broker.join(10)
+        assert all(a is None for a in actions[:4]), "a step never waits, and nothing is made up"
+        for step, action in enumerate(actions[4:], 4):
+            np.testing.assert_allclose(action, 0.02 * np.sin(step / 50 + np.arange(8)), atol=1e-6)
+        assert broker.error is None
+    plans = [m for m in held.messages if m["endpoint"] == "plan"]
+    assert [round(50 * m["timestamp"]) for m in plans] == [0, 8, 16, 24, 32, 40, 48, 56]
+    for earlier, later in zip(plans[1:], plans[2:], strict=False):
+        begin, now = round(50 * earlier["timestamp"]), round(50 * later["timestamp"])
+        np.testing.assert_array_equal(later["executed"], np.stack(actions[begin:now]))
+        np.testing.assert_array_equal(later["committed"], np.stack(actions[now : now + 4]))
+        np.testing.assert_allclose(50 * later["frame_times"], range(begin + 1, now + 1))
+        assert later["observation/front"].shape == (8, 8, 8, 3)
+    assert plans[1]["gap"] is True and "executed" not in plans[1], "at first it held"
 
 
 def test_without_fresh_plans_a_robot_holds_and_then_stops() -> None:

@@ -202,9 +202,13 @@ class PolicyServer:
                 return
             await socket.send(pack(self.contract.metadata()))
             async for data in socket:
-                reply = await self._answer(client, data)
-                self.metrics.sent.inc(len(reply))
-                await socket.send(reply)
+                self._in_flight += 1
+                try:
+                    reply = await self._answer(client, data)
+                    self.metrics.sent.inc(len(reply))
+                    await socket.send(reply)
+                finally:
+                    self._in_flight -= 1
         except ConnectionClosed:
             pass  # it is gone, which is its right
         finally:
@@ -220,17 +224,16 @@ class PolicyServer:
         dialect: Dialect = "openpi"
         request_id = None
         arrival = time.monotonic()
-        self._in_flight += 1
         self.metrics.received.inc(len(data))
         try:
+            if not client.bucket.take(arrival):  # before the message is read, which costs the most
+                raise ServingError("rate_limited", f"more than {self.options.rate:g} requests a second", "ask more rarely")
             if isinstance(data, str):
                 raise ServingError("bad_message", "the message is text", "send binary frames of msgpack")
             message = await asyncio.to_thread(unpack, data, self.options.limits)
             dialect, kind = dialect_of(message)
             candidate = message.get("request_id")
             request_id = candidate if type(candidate) is int or (isinstance(candidate, str) and len(candidate) <= 128) else None
-            if not client.bucket.take(arrival):
-                raise ServingError("rate_limited", f"more than {self.options.rate:g} requests a second", "ask more rarely")
             if self._stopping:
                 raise ServingError("shutting_down", "the server is stopping", "hold, and connect again later")
             request = await asyncio.to_thread(parse, message, self.contract)
@@ -247,8 +250,6 @@ class PolicyServer:
             log.error("error %s", number, exc_info=error)
             self.metrics.errors.labels("internal_error").inc()
             return error_reply(dialect, ServingError("internal_error", f"something is wrong with the server (number {number})", "hold; the server's log says more under this number"), request_id)
-        finally:
-            self._in_flight -= 1
 
     async def _do(self, client: Client, request: Request, arrival: float) -> str | bytes:
         """What a request asks for, one at a time of each robot."""

@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 import uuid
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,6 @@ from wam.serving.sessions import Entry
 
 log = logging.getLogger(__name__)
 
-TEXTS = 64  # instructions whose embeddings are kept
 LATELY_S = 5.0  # a robot that planned this lately is likely to come again
 
 
@@ -107,7 +106,7 @@ class Worker:
     def __init__(self, policy: Policy, contract: Contract, gate: Gate, options: WorkerOptions, metrics: Metrics):
         self.policy, self.contract, self.gate, self.options, self.metrics = policy, contract, gate, options, metrics
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._texts: OrderedDict[str, Conditions] = OrderedDict()
+        self._texts: weakref.WeakValueDictionary[str, Conditions] = weakref.WeakValueDictionary()  # of sessions that live
         self._lately: dict[str, float] = {}
         self._waiting = 0
         self._lock = threading.Lock()
@@ -258,12 +257,10 @@ class Worker:
 
     def _session(self, prompt: str, seed: int) -> Session:
         session = Session(self.policy, [prompt], self.contract.robot.name, [seed])
-        if prompt in self._texts:  # the same tensors for the same words: a batch then holds them once
-            session.instructions = session.conditions = self._texts[prompt]
+        known = self._texts.get(prompt)
+        if known is not None:  # the same tensors for the same words: a batch then holds them once
+            session.instructions = session.conditions = known
         self._texts[prompt] = session.instructions
-        self._texts.move_to_end(prompt)
-        while len(self._texts) > TEXTS:
-            self._texts.popitem(last=False)
         return session
 
     def _plans(self, ready: list[tuple[Job, Session, list[Call]]]) -> list[Plan | Exception]:
