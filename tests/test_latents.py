@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -98,10 +99,12 @@ def test_a_killed_build_goes_on_and_a_damaged_file_is_made_again(root: Path, cop
     cut.write_bytes(cut.read_bytes()[:-100])
     alter(altered)
     gone.unlink()
-    (kept.parent / f".{gone.stem}.abc.safetensors").write_bytes(b"half a file")  # what a killed writer leaves
+    half = kept.parent / f".{gone.stem}.abc.safetensors"  # what a killed writer leaves
+    half.write_bytes(b"half a file")
+    os.utime(half, (0, 0))
     inode = kept.stat().st_ino
     made = build_latents(splits(c), c, tiny_codec(c.codec), copied, 2)
-    assert (made.made, made.kept) == (3, 1) and kept.stat().st_ino == inode
+    assert (made.made, made.kept) == (3, 1) and kept.stat().st_ino == inode and not half.exists()
     for name, tensors in before.items():
         again = load(kept.with_name(name).read_bytes())
         assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()), "workers make the same"

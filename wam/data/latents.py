@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 FORMAT = "wam-latents-1"
 MANIFEST, FILES = "manifest.json", "files.json"
 SHARD_BYTES = 100_000_000
+OLD = 3600  # seconds after which a file that was never finished is nobody's
 OPEN_SHARDS = 64  # files that a reader keeps mapped
 AGAIN = "run `wam cache` again, which makes what is missing or damaged and keeps the rest"
 Settings = dict[str, Any]
@@ -284,9 +286,16 @@ class Cache:
             write_json_atomic(self.folder / MANIFEST, {"settings": self.settings, "complete": False})
 
     def finish(self, windows: int) -> None:
-        """Note that all is there."""
-        size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        write_json_atomic(self.folder / MANIFEST, {"settings": self.settings, "complete": True, "windows": windows, "bytes": size, "shape": list(self.shape)})
+        """Note that all is there; what killed writers left is cleared away."""
+        for left in self.folder.glob(".episode-*"):
+            if time.time() - left.stat().st_mtime > OLD:
+                left.unlink(missing_ok=True)
+        write_json_atomic(self.folder / MANIFEST, {"settings": self.settings, "complete": True, "windows": windows, "bytes": self.bytes, "shape": list(self.shape)})
+
+    @property
+    def bytes(self) -> int:
+        """What its files take."""
+        return sum(path.stat().st_size for path in self.folder.glob("episode-*.safetensors"))
 
     def check(self) -> None:
         """Refuse what is not there, not whole, or not of these settings.
@@ -298,7 +307,7 @@ class Cache:
         if not path.is_file():
             raise LatentError(_what_differs(self.folder.parent, self.settings))
         if _read_json(path).get("complete") is not True:
-            raise LatentError(f"{self.folder} is not finished ({len(list(self.folder.glob('*.safetensors')))} files so far); {AGAIN}")
+            raise LatentError(f"{self.folder} is not finished ({len(list(self.folder.glob('episode-*')))} files so far); {AGAIN}")
 
 
 def _what_differs(directory: Path, settings: Settings) -> str:

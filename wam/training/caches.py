@@ -142,7 +142,7 @@ def build_latents(datasets: list[WindowDataset], config: Config, codec: Codec, d
             bar.update(windows)
     for folder, cache in folders.items():
         cache.finish(sum(shard.stop - shard.first for number, shard in shards.tasks if caches[number].folder == folder))
-    size = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
+    size = sum(cache.bytes for cache in folders.values())
     return Made(count, encoded * config.timeline.frames, made, len(shards) - made, size, time.monotonic() - begun)
 
 
