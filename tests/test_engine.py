@@ -82,7 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder, out = tmp_path_factory.mktemp("engines"), {}
     for name, (world, overrides) in RUNS.items():
         path = folder / name
-        codes = survival.finish(survival.start(observe, str(path), overrides, world=world), timeout=150)
+        codes = survival.finish(survival.start(observe, str(path), overrides, world=world), timeout=300)
         assert codes == [0] * world, f"{name}: {codes}\n" + "\n".join(Path(f"{path}-{r}.txt").read_text()[-3000:] for r in range(world))
         out[name] = torch.load(path, weights_only=True)
     return out
