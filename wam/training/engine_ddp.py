@@ -40,8 +40,9 @@ class DdpEngine(ManyEngine):
     def prepare(self, model: nn.Module, supervised: nn.Module, config: Config) -> None:
         """Wrap the module; which parameters a batch reaches depends on its modes, so DDP looks."""
         super().prepare(model, supervised, config)
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"  # its name before torch 2.13
-        self.supervised: Any = DistributedDataParallel(supervised, find_unused_parameters=True, gradient_as_bucket_view=True, **{buffers: False})
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # what broadcast_buffers is called from torch 2.13 on
+        without_buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        self.supervised: Any = DistributedDataParallel(supervised, find_unused_parameters=True, gradient_as_bucket_view=True, **without_buffers)
 
     def forward(self, batch: dict[str, Any], drawn: Drawn, last: bool = True) -> Errors:
         """Errors of a micro-batch; only the `last` one's backward pass waits for the others."""
