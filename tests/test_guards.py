@@ -73,7 +73,7 @@ def test_the_diagnosis_names_what_recurs(tmp_path: Path) -> None:
         batch, losses = _batch(1.0, episode=step)
         save_evidence(other, step, 0, "the gradient's norm is 9, 200 times the median of the last 30 steps", batch, losses, {})
     text = diagnosis(other, range(3), config, 1e-3)
-    assert "the gradient's norm exploded" in text and "lower training.learning_rate (now 0.001)" in text and "dimension" not in text
+    assert "the gradient's norm exploded" in text and "lower training.learning_rate (now 0.001)" in text and "action dimension 3 is 1.0 in episode" in text
 
 
 # ------------------------------------------------------------------------------------------------ in the loop

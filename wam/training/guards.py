@@ -159,18 +159,21 @@ def diagnosis(output: Path, steps: Iterable[int], config: GuardsConfig, rate: fl
     Args:
         rate: the learning rate now.
     """
-    found = [json.loads(path.read_text()) for step in steps for path in sorted((output / SKIPPED / f"step-{step:08d}").glob("rank-*.json"))]
-    count = len({entry["step"] for entry in found})
-    reasons = Counter(_kind(entry["reason"]) for entry in {e["step"]: e for e in found}.values())
-    suspects = [row for entry in found for row in entry["samples"] if _broken(row)] or [row for entry in found for row in entry["samples"]]
-    recurring = [text for key in ("dataset", "embodiment", "episode", "mode") if (text := _recurs(key, suspects, count))]
-    large = _large(found)
-    told = [f"{count} of the last {config.window} steps were left out (training.guards.max_skipped is {config.max_skipped}): {', '.join(f'{n} x {kind}' for kind, n in reasons.items())}"]
-    told += [f"among their {len(suspects)} {'broken ' if any(map(_broken, suspects)) else ''}samples: {', '.join(recurring)}"] if recurring else []
-    told += [f"largest normalised value: {large[0]}"] if large else []
-    norms = _norms(found)
-    told += [f"gradient norms by group, at their largest: {norms}"] if norms else []
-    return f"{'; '.join(told)}. {_advice(large, suspects, rate)} The batches are in {output / SKIPPED}"
+    entries = [json.loads(path.read_text()) for step in steps for path in sorted((output / SKIPPED / f"step-{step:08d}").glob("rank-*.json"))]
+    by_step = {entry["step"]: _kind(entry["reason"]) for entry in entries}
+    rows = [row for entry in entries for row in entry["samples"]]
+    suspects, broken = [row for row in rows if _broken(row)], True
+    if not suspects:
+        suspects, broken = rows, False
+    told = [f"{len(by_step)} of the last {config.window} steps were left out (training.guards.max_skipped is {config.max_skipped}): {', '.join(f'{n} x {kind}' for kind, n in Counter(by_step.values()).items())}"]
+    recurring = [f"{key} {value} {times} times" for key in ("embodiment", "episode", "mode") for value, times in _recurring(key, suspects)]
+    if recurring:
+        told.append(f"among their {len(suspects)} {'broken ' if broken else ''}samples: {', '.join(recurring)}")
+    size, largest = max(((_size(v["value"]), _where(v, entry)) for entry in entries for v in entry["largest"]), default=(0.0, ""))
+    told += [f"largest normalised value: {largest}"] if largest else []
+    norms = {name: max(_size(entry["gradient_norms"].get(name, 0)) for entry in entries) for name in entries[0]["gradient_norms"]} if entries else {}
+    told += [f"gradient norms by part, at their largest: {', '.join(f'{name} {value:.3g}' for name, value in norms.items())}"] if norms else []
+    return f"{'; '.join(told)}. {_advice(size > LARGE, suspects, rate)} The batches are in {output / SKIPPED}"
 
 
 def _kind(reason: str) -> str:
@@ -181,39 +184,30 @@ def _broken(row: Mapping[str, Any]) -> bool:
     return any(isinstance(row[f"{part}_error"], str) for part in ("video", "action"))
 
 
-def _recurs(key: str, rows: list[dict[str, Any]], steps: int) -> str | None:
-    """The commonest value of a key, where it is in more samples than chance would put it."""
+def _size(value: float | str) -> float:
+    """How large a number from JSON is; one that is not finite is the largest of all."""
+    return abs(float(value)) if not isinstance(value, str) else math.inf
+
+
+def _where(value: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    row = entry["samples"][value["sample"]]
+    return f"{value['key']} dimension {value['dimension']} is {value['value'] if isinstance(value['value'], str) else round(value['value'], 2)} in episode {row.get('episode')}, row {row.get('start')}"
+
+
+def _recurring(key: str, rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """The commonest value of a key, where it is in more samples than an even share; whose robot it is only where there are several."""
     values = Counter(str(row[key]) for row in rows if key in row)
-    if not values or (len(values) == 1 and key not in ("dataset", "episode", "mode")):
-        return None
+    if len(values) <= (key == "embodiment"):
+        return []
     value, times = values.most_common(1)[0]
-    return f"{key} {value} {times} times" if times > max(1, len(rows) / len(values)) or (len(values) == 1 and steps > 1) else None
+    return [(value, times)] if times > 1 and (len(values) == 1 or times * len(values) > len(rows)) else []
 
 
-def _large(found: list[dict[str, Any]]) -> list[str]:
-    values = [(float(v["value"]), v, entry) for entry in found for v in entry["largest"]]
-    values.sort(key=lambda x: abs(x[0]) if not math.isnan(x[0]) else math.inf, reverse=True)
-    out = []
-    for size, v, entry in values[:1]:
-        row = entry["samples"][v["sample"]]
-        out.append(f"{v['key']} dimension {v['dimension']} is {v['value'] if isinstance(v['value'], str) else round(size, 2)} in episode {row.get('episode')}, row {row.get('start')}" if not abs(size) <= LARGE else "")
-    return [text for text in out if text]
-
-
-def _norms(found: list[dict[str, Any]]) -> str:
-    largest: dict[str, float] = {}
-    for entry in found:
-        for name, value in entry["gradient_norms"].items():
-            number = float(value)
-            largest[name] = number if not largest.get(name, -math.inf) >= number else largest[name]
-    return ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
-
-
-def _advice(large: list[str], suspects: list[dict[str, Any]], rate: float) -> str:
+def _advice(large: bool, suspects: list[dict[str, Any]], rate: float) -> str:
     episodes = Counter(row.get("episode") for row in suspects)
     episode, times = episodes.most_common(1)[0] if episodes else (None, 0)
     if large:
-        return "That dimension's statistics or that reading are wrong: `wam check` shows which; repair it, or leave the episode out (data.exclude)."
-    if len(episodes) > 1 and times > len(suspects) / 2:
-        return f"Look at episode {episode} (`wam check`), and leave it out if it is broken."
-    return f"No sample stands out, so look at the optimisation: lower training.learning_rate (now {rate:.2g}), raise training.warmup_steps, or try training.precision=fp32; an older state can be gone on from by deleting newer ones."
+        return "That reading, or that dimension's statistics, are wrong: `wam check` shows which; repair it, or take the episode out of the dataset."
+    if times > 1 and times > len(suspects) / 2:
+        return f"Look at episode {episode} (`wam check`), and take it out of the dataset if it is broken."
+    return f"No sample stands out, so look at the optimisation: lower training.learning_rate (now {rate:.2g}), raise training.warmup_steps, or try training.precision=fp32; to go on from an older state, delete the newer ones."
