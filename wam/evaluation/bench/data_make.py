@@ -4,20 +4,25 @@
     180x320    three cameras at 30 Hz, as DROID's are
 
 A frame is a window that wanders over a texture, two boxes that move, and the noise of a sensor: a still or empty picture would decode
-much faster than a robot's.  Written by our own writer (H.264, a key frame every second frame), which LeRobot reads.
+much faster than a robot's.  Encoded as LeRobot does by default, in H.264 (rate factor 30, a key frame every second frame), and written
+by our own writer.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from wam.config import TimelineConfig
 from wam.data.writer import LeRobotWriter
+from wam.data.writer_stats import pixel_histogram
 
 TASK = "put the box into the drawer"
 SPEED = 2.0  # pixels a frame that the camera wanders
@@ -31,6 +36,7 @@ class Shape:
     Attributes:
         timeline: the windows it is read in.
         windows: how many of them are a round of the benchmark.
+        start_stride: rows between two of them.
     """
 
     height: int
@@ -42,13 +48,14 @@ class Shape:
     dimensions: int
     timeline: TimelineConfig
     windows: int
+    start_stride: int = 1
 
 
 SHAPES = {
     "64x64": Shape(64, 64, 80, ("observation.images.front",), 20, 100, 4, TimelineConfig(), 96),
     "180x320": Shape(
         180, 320, 30, tuple(f"observation.images.{name}" for name in ("left", "right", "wrist")), 6, 200, 8,
-        TimelineConfig(blocks=4, latents_per_block=2, actions_per_block=24, frame_stride=3), 16,
+        TimelineConfig(blocks=4, latents_per_block=2, actions_per_block=24, frame_stride=3), 16, 8,
     ),
 }  # fmt: skip
 
@@ -65,12 +72,30 @@ def make_dataset(root: Path, shape: Shape, seed: int = 0) -> Path:
     features = {camera: {"dtype": "video", "shape": (shape.height, shape.width, 3), "names": ["height", "width", "channels"]} for camera in shape.cameras}
     features |= {key: {"dtype": "float32", "shape": (shape.dimensions,), "names": [f"joint_{i}" for i in range(shape.dimensions)]} for key in ("observation.state", "action")}
     writer = LeRobotWriter(root, shape.fps, features, robot_type="bench")
-    for _ in tqdm(range(shape.episodes), desc=f"writing {root.name}", leave=False, disable=None):
-        state = np.cumsum(rng.normal(scale=0.02, size=(shape.length + 1, shape.dimensions)), axis=0).astype(np.float32)
-        videos = {camera: film(rng, shape.length, shape.height, shape.width) for camera in shape.cameras}
-        writer.add_episode({"observation.state": state[:-1], "action": state[1:]}, videos, TASK)
-    writer.finalize()
+    with tempfile.TemporaryDirectory(prefix="wam-bench-") as parts:
+        for episode in tqdm(range(shape.episodes), desc=f"writing {root.name}", leave=False, disable=None):
+            state = np.cumsum(rng.normal(scale=0.02, size=(shape.length + 1, shape.dimensions)), axis=0).astype(np.float32)
+            videos = {}
+            for camera in shape.cameras:
+                frames = film(rng, shape.length, shape.height, shape.width)
+                videos[camera] = (_encode(frames, Path(parts) / f"{camera}-{episode}.mp4", shape.fps), pixel_histogram(frames))
+            writer.add_episode({"observation.state": state[:-1], "action": state[1:]}, videos, TASK)
+        writer.finalize()
     return root
+
+
+def _encode(frames: np.ndarray, path: Path, fps: int) -> Path:
+    """An mp4 as LeRobot's encoder writes it (`encode_video_frames`: crf 30, g 2), without B-frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "30", "g": "2", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.time_base = Fraction(1, fps)
+        for index, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
 
 
 def film(rng: np.random.Generator, length: int, height: int, width: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     ours, decoding          this reader, frames decoded whenever a window is asked for (data.cache=none)
     ours, in memory         this reader, all frames decoded beforehand (data.cache=memory)
+    ours, cached latents    this reader, windows encoded beforehand (data.latents; a linear codec, whose latents are as large as any)
     raw decord              the same frames in the same order, and nothing else: no states, no actions, no instruction
     LeRobot                 its own dataset class over the same windows, in another environment (`lerobot_side`)
 
@@ -28,8 +29,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from wam.config import DataConfig, TimelineConfig
+from wam.codec.linear import LinearCodec
+from wam.config import CodecConfig, DataConfig, TimelineConfig
 from wam.data.dataset import WindowDataset, collate
+from wam.data.latents import cache_of, encode_shard, shards_of, use_latents, write_shard
 from wam.data.sampler import WindowSampler
 from wam.data.windows import window_indices
 from wam.evaluation.bench import lerobot_side
@@ -113,6 +116,7 @@ class Loaded:
     case: Case
     collate: Callable[[list[Any]], Any]
     loaders: dict[int, DataLoader[Any]]
+    folder: tempfile.TemporaryDirectory[str] | None = None
 
     def take(self, workers: int, least: float) -> Taken:
         """Whole rounds over all batches, until `least` seconds are gone."""
@@ -125,6 +129,8 @@ class Loaded:
     def close(self) -> None:
         """End the workers."""
         self.loaders.clear()
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 def decoding(case: Case) -> Side:
@@ -135,6 +141,29 @@ def decoding(case: Case) -> Side:
 def in_memory(case: Case) -> Side:
     """This reader, with all frames in memory."""
     return Loaded(WindowDataset(replace(case.data, cache="memory"), case.timeline, "train"), case, collate, {})
+
+
+def latents(case: Case) -> Side:
+    """This reader, from windows encoded beforehand into a folder that stays as long as the side does."""
+    folder = tempfile.TemporaryDirectory(prefix="wam-bench-latents-")
+    data = replace(case.data, latents=folder.name, layout={1: "single", 3: "t"}.get(len(case.data.cameras), "width"))  # a codec sees one picture
+    height, width = (8 * (size // 8) for size in WindowDataset(data, case.timeline, "train").image_size)
+    config = CodecConfig(image_size=(height, width))
+    windows = WindowDataset(data, case.timeline, "train", image_size=(height, width))
+    codec = LinearCodec(config)
+    first = np.stack([windows.canvas.place(windows.pictures.read(*_frames_of(windows, window))) for window in case.batches[0]])  # type: ignore[union-attr]
+    codec.fit(torch.from_numpy(first[:, : case.timeline.temporal_stride]))
+    cache = cache_of(windows, folder.name, config, codec)
+    cache.begin()
+    for shard in shards_of(windows, cache.per_shard):
+        write_shard(cache.folder / shard.name, cache.key, *encode_shard(windows, shard, codec, "cpu", 8))
+    cache.finish(len(windows))
+    use_latents(windows, config, codec, pixels=False)
+    return Loaded(windows, case, collate, {}, folder)
+
+
+def _frames_of(windows: WindowDataset, window: int) -> tuple[int, np.ndarray]:
+    return windows.episodes[windows.table.locate(window)[0]], windows.rows(window).frames
 
 
 class RawFrames(Dataset[np.ndarray]):
@@ -277,8 +306,8 @@ def lerobot_request(case: Case) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ all of them
 
 
-OURS, MEMORY, DECORD, LEROBOT = "ours, decoding", "ours, in memory", "raw decord", "LeRobot"
-SIDES: dict[str, Callable[[Case], Side]] = {OURS: decoding, MEMORY: in_memory, DECORD: raw_decord}
+OURS, MEMORY, LATENTS, DECORD, LEROBOT = "ours, decoding", "ours, in memory", "ours, cached latents", "raw decord", "LeRobot"
+SIDES: dict[str, Callable[[Case], Side]] = {OURS: decoding, MEMORY: in_memory, LATENTS: latents, DECORD: raw_decord}
 
 
 def interleave(sides: dict[str, Side], workers: Sequence[int], repeats: int, least: float) -> Iterator[tuple[str, int, Taken]]:

@@ -54,6 +54,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def forget_files() -> None:
+    """Close what this process has open: workers that are forked with it would share its place in every file, and read garbage."""
+    from lerobot.datasets import video_utils
+
+    cache = getattr(video_utils, "_default_decoder_cache", None)
+    if cache is not None:
+        cache.clear()
+
+
 def rounds(loader: Any, least: float) -> dict[str, Any]:
     """Wall and process seconds of whole rounds over the loader: one, and more until `least` seconds are gone."""
     wall, cpu, count = time.perf_counter(), time.process_time(), 0
@@ -73,6 +82,7 @@ def serve(dataset: Any, request: dict[str, Any], orders: Iterator[str], stream: 
         order = json.loads(line)
         workers = order["workers"]
         if workers not in loaders:
+            forget_files()
             loaders[workers] = torch.utils.data.DataLoader(dataset, batch_sampler=request["batches"], num_workers=workers, persistent_workers=workers > 0)
             rounds(loaders[workers], 0)  # starts the workers, opens the files
         say(rounds(loaders[workers], order["least"]), stream)
