@@ -122,7 +122,7 @@ class _Run:
         self.model.train()
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # bf16 queries meet float32 norm weights: meant
         try:
-            while (progress := self._progress(step, begun)) < 1 and not self._stops(asked()):
+            while (progress := self._progress(step, begun)) < 1 and not self._anyone(asked()):
                 self.watch.at("data", step)
                 with meters.waiting():
                     batch = next(loader)
@@ -151,14 +151,17 @@ class _Run:
             raise KeyboardInterrupt(f"stopped after step {step}, which is saved; run the same command again to go on")
         return self.output / CHECKPOINT
 
-    def _stops(self, asked: bool) -> bool:
+    def _anyone(self, asked: bool) -> bool:
         """Whether any process was asked to stop: all then stop after the same step."""
         return bool(self.engine.sum(torch.tensor(float(asked))) > 0)
 
     def _progress(self, step: int, begun: float) -> float:
+        """How much of the run is done, by steps or by the main process's clock: rates and the end are the same on every process."""
         t = self.config.training
-        by_clock = 0.0 if t.max_minutes is None else (time.monotonic() - begun) / (60 * t.max_minutes)
-        return max(step / t.steps, by_clock)
+        if t.max_minutes is None:
+            return step / t.steps
+        by_clock = (time.monotonic() - begun) / (60 * t.max_minutes) if self.engine.is_main else 0.0
+        return max(step / t.steps, float(self.engine.sum(torch.tensor(by_clock, dtype=torch.float64))))
 
     def _step(self, batch: dict[str, Any], step: int, progress: float) -> tuple[Losses, float | None]:
         """One step; returns its errors and its gradient's norm, None where it was left out."""
