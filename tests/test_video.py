@@ -1,8 +1,12 @@
 """Frames come out by index, the same from every decoder, H.264 and AV1; damaged files are refused by name."""
 
+import gc
 import importlib
+import os
 import pickle
+import signal
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -194,3 +198,30 @@ def test_bytes_damaged_in_the_middle_are_noticed(tmp_path: Path) -> None:
     for backends in (("decord", "pyav"), ("pyav",)):
         with pytest.raises(VideoError, match=r"scratched.mp4: decoding failed on the way to frame \d+"):
             VideoDecoder(backends).read_frames(path, range(60))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_fork_never_frees_what_its_parent_opened(tmp_path: Path) -> None:
+    """A reader's threads exist in the parent alone: a child whose garbage collector met one would wait for them for ever."""
+    path = tmp_path / "video.mp4"
+    fixture.write_video(path, list(range(40)))
+    decoders = [VideoDecoder(("decord",)) for _ in range(12)]  # each would hang in about one case of three
+    for decoder in decoders:
+        decoder.read_frames(path, [0, 5])
+    decoders.append(decoders)  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        del decoder, decoders
+        child = os.fork()
+        if child == 0:
+            gc.collect()
+            os._exit(0)
+    finally:
+        gc.enable()
+    until = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
