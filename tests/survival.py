@@ -18,6 +18,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tiny import SMALL
@@ -69,13 +70,13 @@ def losses(output: Path) -> dict[int, Any]:
 
 def start(target: Callable[..., None], *args: Any, world: int = 1) -> list[BaseProcess]:
     """Run `target(*args)` in `world` processes that a launcher would have started."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # read when the server imports DeepSpeed
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["survival", "wam.training.loop", "wam.training.engine_ddp", "deepspeed"])
     port = _free_port()
     processes = [context.Process(target=_entry, args=(rank, world, port, target, args), daemon=True) for rank in range(world)]
-    for process in processes:
-        process.start()
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""):  # of the server, when it starts and imports DeepSpeed
+        for process in processes:
+            process.start()
     return processes
 
 

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from survival import die_at, finish, losses, newest_state, quick_config, run_training, same, start
 
+from wam.cli import main
 from wam.training.checkpoints import state_folder, states
 from wam.training.loop import train
 from wam.training.state import PREVIOUS, differences, require_state
@@ -115,7 +116,8 @@ def test_starting_over_puts_the_old_run_aside_and_nothing_is_overwritten(tmp_pat
         train(config, tmp_path)
 
 
-def test_resuming_and_finetuning_exclude_each_other(tmp_path: Path) -> None:
+def test_resuming_and_finetuning_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "--output", str(tmp_path)]) == 2 and "no state to go on from" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="no state to go on from"):
         require_state(tmp_path, quick_config())
     with pytest.raises(ValueError, match=r"--resume and training.finetune_from=x exclude each other: .* model.pretrained"):
