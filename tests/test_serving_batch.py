@@ -1,6 +1,7 @@
 """Sessions that stand at different blocks and share a forward pass get what each would get alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from test_session import SETTINGS
 from tiny import TASKS, tiny_episode, tiny_policy, tiny_preset
 
-from wam.inference.batch import Call, Commit, Observe, Reset, Think, run
+from wam.config import EmbodimentConfig
+from wam.inference.batch import Call, Commit, Joined, Observe, Reset, Think, run
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy
 
@@ -49,7 +51,16 @@ def _agree(mine: Plan | None, theirs: Plan | None) -> None:
 @pytest.mark.parametrize("name", TRIED)
 def test_batched_is_alone_whichever_block_each_robot_is_at(name: str) -> None:
     """Robot r starts r chunks after robot 0, so that their blocks differ as soon as they are together."""
-    policy, mode = _policy(name), SETTINGS[name][1]
+    _batched_is_alone(_policy(name), SETTINGS[name][1])
+
+
+def test_each_robots_actions_are_relative_to_its_own_state() -> None:
+    config = tiny_preset("all", None)
+    robot = EmbodimentConfig("metaworld", 4, 4, relative_to=(2, -1, 0, -1))
+    _batched_is_alone(tiny_policy(replace(config, model=replace(config.model, embodiments=(robot,)))), "skip")
+
+
+def _batched_is_alone(policy: Policy, mode: str) -> None:
     calls = [_calls(policy, mode, r) for r in range(ROBOTS)]
     alone = [[run([session], [chunk])[0] for chunk in chunks] for session, chunks in zip(_sessions(policy), calls, strict=True)]
     together, sizes = _sessions(policy), []
@@ -85,8 +96,6 @@ def test_instructions_are_held_once_and_only_by_those_they_belong_to() -> None:
         assert [len(s.conditions.text_UTE) for s in sessions] == [1] * ROBOTS
     sessions = _sessions(_policy("all"))
     sessions[2].instructions = sessions[2].conditions = sessions[0].conditions
-    from wam.inference.batch import Joined
-
     assert len(Joined(sessions).conditions.text_UTE) == 2
 
 

@@ -6,7 +6,10 @@ import msgpack
 import numpy as np
 import pytest
 from serving_tools import policy
+from tiny import tiny_codec, tiny_config, tiny_model
 
+from wam.data.normalize import Normalizer
+from wam.pretrained import Policy
 from wam.serving.contract import Contract
 from wam.serving.errors import CODES, ServingError
 from wam.serving.messages import RESET_DONE, done_reply, error_reply, parse, plan_reply
@@ -169,3 +172,31 @@ def test_pictures_and_states_are_found_under_the_names_clients_use() -> None:
     assert np.array_equal(request.frames[0], image) and np.array_equal(request.state, np.float32([1, 2, 3, 4.5]))
     with pytest.raises(ValueError, match="a client's name was given for 'corner5', which the policy does not take; it takes"):
         Contract.of(policy(), keys={"corner5": "cam"})
+
+
+def _droid() -> Contract:
+    """The contract of a policy for DROID's card: three cameras on a canvas, states by group, joints relative."""
+    config = tiny_config("robot=droid", "codec.image_size=[32, 48]")
+    robot = config.model.embodiment(config.data.embodiment)
+    rng = np.random.default_rng(0)
+    normalizer = Normalizer.fit({"state": rng.normal(size=(50, robot.state_dim)), "action": rng.normal(size=(50, robot.action_dim))})
+    return Contract.of(Policy(config, tiny_model(config), tiny_codec(config.codec), normalizer.to_dict(), {"control_hz": 15}))
+
+
+def test_droid_in_the_words_of_both_clients() -> None:
+    """RoboArena counts exterior cameras from 0, openpi's client from 1; each lands on its own cell of the canvas."""
+    contract = _droid()
+    told = contract.metadata()
+    assert told["needs_wrist_camera"] and told["n_external_cameras"] == 2 and told["state_groups"] == {"joint_position": 7, "gripper_position": 1}
+    views = {name: np.full((180, 320, 3), level, np.uint8) for name, level in (("wrist", 50), ("left", 100), ("right", 200))}
+    state = {"observation/joint_position": np.arange(7.0), "observation/gripper_position": np.array([0.5], np.float32), "prompt": "pick it up"}
+    for first, second, endpoint in ((0, 1, "infer"), (1, 2, None)):
+        images = {"observation/wrist_image_left": views["wrist"], f"observation/exterior_image_{first}_left": views["left"], f"observation/exterior_image_{second}_left": views["right"]}
+        request = parse({**state, **images, "endpoint": endpoint}, contract)
+        assert request.dialect == ("openpi" if endpoint is None else "roboarena")
+        assert np.array_equal(request.state, np.float32([*range(7), 0.5]))
+        canvas = request.frames[0]
+        assert (canvas[:16] == 50).all() and (canvas[16:, :24] == 100).all() and (canvas[16:, 24:] == 200).all()
+    del state["observation/gripper_position"]
+    with pytest.raises(ServingError, match="the state is missing: observation/gripper_position"):
+        parse({**state, **images}, contract)

@@ -271,7 +271,7 @@ def _picture(key: str, value: Any) -> np.ndarray:
         frames = frames.transpose(0, 2, 3, 1)
     if frames.shape[-1] != 3 or not all(1 <= n <= MAX_SIDE for n in frames.shape[:3]):
         raise ServingError("wrong_shape", f"{key} has shape {value.shape}", f"send (height, width, 3), or (frames, height, width, 3), sides up to {MAX_SIDE}")
-    return frames
+    return frames if frames.flags.writeable else frames.copy()  # a view of the message is read-only, which torch warns of
 
 
 def _kind(value: Any) -> str:
