@@ -146,7 +146,7 @@ def in_memory(case: Case) -> Side:
 def latents(case: Case) -> Side:
     """This reader, from windows encoded beforehand into a folder that stays as long as the side does."""
     folder = tempfile.TemporaryDirectory(prefix="wam-bench-latents-")
-    data = replace(case.data, latents=folder.name, layout={1: "single", 3: "t"}.get(len(case.data.cameras), "width"))  # a codec sees one picture
+    data = replace(case.data, latents=folder.name, layout="single" if len(case.data.cameras) == 1 else "width")  # a codec sees one picture
     height, width = (8 * (size // 8) for size in WindowDataset(data, case.timeline, "train").image_size)
     config = CodecConfig(image_size=(height, width))
     windows = WindowDataset(data, case.timeline, "train", image_size=(height, width))
