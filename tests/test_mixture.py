@@ -17,6 +17,7 @@ from wam.data.dataset import collate
 from wam.data.mixture import MixtureDataset, MixtureSampler, Quotas, TrainingData, training_data
 from wam.data.normalize import normalizer_for
 from wam.data.sampler import WindowSampler, make_loader
+from wam.evaluation.rollout import demonstration_seeds
 from wam.pretrained import from_pretrained
 from wam.training import loop
 from wam.training.build import fit_codec
@@ -198,6 +199,7 @@ def test_the_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     policy = from_pretrained(checkpoint)
     assert normalizer_for(policy.normalizer, "metaworld").dim("action") == 4 and policy.control_hz == 80
     assert [entry["contents"] for entry in policy.meta["source"]["mixture"]] == ["paired", "video", "action"]
+    assert demonstration_seeds(policy) == {0, 1, 2}, "episodes that were trained on are known, in every dataset"
     figures = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert any(name.startswith("val/metaworld_sample/video/") for record in figures for name in record)
 

@@ -165,9 +165,10 @@ def _warn_of_seeds(policy: Policy, config: RolloutConfig) -> None:
 
 
 def demonstration_seeds(policy: Policy) -> set[int]:
-    """Seeds of the episodes in the training data, as far as its dataset says."""
-    recorded = ((policy.meta.get("source") or {}).get("recorded") or {}).get("seeds") or {}
-    return {int(seed) for task in recorded.values() for seed in task.get("accepted", [])}
+    """Seeds of the episodes in the training data, as far as its datasets say."""
+    source = policy.meta.get("source") or {}
+    recorded = [(part.get("recorded") or {}).get("seeds") or {} for part in source.get("mixture") or [source]]
+    return {int(seed) for seeds in recorded for task in seeds.values() for seed in task.get("accepted", [])}
 
 
 def _open_environment(policy: Policy, config: RolloutConfig) -> VectorEnv:
