@@ -21,7 +21,7 @@ examples:
   wam serve --checkpoint runs/droid --port 8000 --gate limits.yaml --mode skip --steps 4
   wam serve --checkpoint runs/droid --host 0.0.0.0 --api-key-file key --cert cert.pem --key key.pem
   wam serve --checkpoint runs/droid --clock steps --execute 8        clients that execute 8 actions of each plan
-  wam serve --checkpoint runs/mine --name corner4=observation/image  the client's own name of a camera
+  wam serve --checkpoint runs/mine --name corner4=observation/image   the client's own name of a camera
 
 while it runs:
   GET /healthz   it is there          GET /readyz   the model is warm          GET /metrics   Prometheus
@@ -34,6 +34,8 @@ a file of limits (--gate), in the robot's units and seconds:
   groups:
     joint_position: {low: -2.9, high: 2.9, velocity: 1.5, jerk: 200, jump: 0.2}
     gripper_position: {low: 0, high: 1}
+
+writes: nothing; the log goes to stderr, the address to stdout once it is ready
 """
 
 
