@@ -21,6 +21,7 @@ LEVELS = (
     ("wam.data", "wam.convert"),
     ("wam.training", "wam.inference"),
     ("wam.evaluation", "wam.serving"),
+    ("wam.commands",),
     ("wam.cli",),
 )
 APART = {"wam.training", "wam.inference"}
