@@ -133,7 +133,7 @@ class LeRobotWriter:
         ]
         _write_parquet(pa.Table.from_pylist(rows), self.root / EPISODES_PATH.format(chunk_index=0, file_index=0))
         with atomic_path(self.root / "meta/tasks.parquet") as temporary:
-            pd.DataFrame({"task_index": list(self._tasks.values())}, index=list(self._tasks)).to_parquet(temporary)
+            pd.DataFrame({"task_index": list(self._tasks.values())}, index=list(self._tasks)).to_parquet(temporary, write_page_checksum=True)
         write_json_atomic(self.root / "meta/stats.json", self._global_stats())
         write_json_atomic(self.root / "meta/info.json", self._info())
         shutil.rmtree(self.root / _MARKER)
