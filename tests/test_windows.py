@@ -154,7 +154,7 @@ def test_lengths_in_seconds_become_steps() -> None:
     assert seconds == steps and seconds.timeline.actions_per_block == 24
     with pytest.raises(ConfigError, match=r"actions_per_block is '1.5 s' x data.control_hz 15 = 22.5 control steps; use 1.46667 s \(22\) or 1.53333 s \(23\)"):
         load_config(None, ["data.control_hz=15", "timeline.actions_per_block=1.5 s"])
-    with pytest.raises(ConfigError, match="actions_per_block is '1.6 s', and data.control_hz is None; set data.control_hz"):
+    with pytest.raises(ConfigError, match=r"actions_per_block is '1.6 s', and data.control_hz is None; set data.control_hz"):
         load_config(None, ["timeline.actions_per_block=1.6 s"])
     with pytest.raises(ConfigError, match="actions_per_block is 'soon'"):
         load_config(None, ["data.control_hz=15", "timeline.actions_per_block=soon"])
