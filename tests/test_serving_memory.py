@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from serving_tools import BLOCKS, MODE, episode, policy
-from tiny import TASKS
+from test_session import SETTINGS
+from tiny import TASKS, tiny_episode, tiny_policy, tiny_preset
 
 from wam.inference.batch import Commit, Observe, Reset, Think, run
 from wam.inference.session import Session
@@ -62,6 +63,27 @@ def test_all_frames_at_once_or_one_by_one_are_the_same_memory_and_the_one_of_a_p
             _told(memory, session)
             plan = run([session], [[Think(MODE, config.sampling)]])[0]
             assert np.array_equal(plan.actions, expected)
+
+
+@pytest.mark.parametrize("name", ["states in the text", "live states", "first frame inside", "first frame alone inside", "first frame on the channels"])
+def test_every_kind_of_memory_is_told_as_a_rollout_tells_it(name: str) -> None:
+    """Models of one block, that start again when they are full, or whose first frame lies inside its block; requests as blocks begin."""
+    preset, mode, overrides = SETTINGS[name]
+    own = tiny_policy(tiny_preset(preset, None, *overrides))
+    seen = tiny_episode(own.config, 1, 4)
+    plain, served = (Session(own, TASKS[:1], "metaworld", [100]) for _ in range(2))
+    memory, now = RobotMemory(Contract.of(own), TimeRules()), 0
+    for block in range(seen.first_block, 4):
+        frames, state = seen.at(block)
+        begins = block == seen.first_block
+        if not begins:
+            done = seen.done(block - 1)
+            plain.commit(done)
+            now += done.shape[1]
+        plain.observe(frames, state)
+        memory.see(Request("openpi", "plan", frames=frames[0], state=state[0], timestamp=now / own.control_hz, executed=None if begins else done[0]), 0.0)
+        _told(memory, served)
+        assert served.block == plain.block and np.array_equal(served.plan(mode).actions, plain.plan(mode).actions)
 
 
 def test_frames_are_picked_by_when_they_were_taken() -> None:

@@ -196,7 +196,7 @@ class RobotMemory:
             return [], 0
         if self.head is not None and session.block != FIRST_BLOCK:
             length = self._length(session.block)
-            if self.head + length == self.now and not self._is_full(session):
+            if self.head + length == self.now:  # a session that is full begins again from the newest frame by itself
                 told = self._block(self.head, self.now, session.block)
                 if told is not None:
                     return told, 0
@@ -213,11 +213,6 @@ class RobotMemory:
     @staticmethod
     def _fresh(session: Session) -> list[Call]:
         return [] if session.block == FIRST_BLOCK else [Reset()]
-
-    @staticmethod
-    def _is_full(session: Session) -> bool:
-        """Whether the session would forget all but the newest frame."""
-        return session._lasts is not None and session.block + 1 >= session._lasts
 
     def _length(self, block: int) -> int:
         """Control steps of a block."""
