@@ -136,8 +136,8 @@ def test_who_is_late_and_who_is_gone() -> None:
     assert verdict({0: beat(10, "update", 900), 1: beat(10, "end", 900, state="done")}, {0: 0.0, 1: 900.0}, 1000, 60) is None
 
 
-def sleep_in_step(rank: int, killed: bool) -> None:
-    """In one of the processes, the second update sleeps for ever, or the process is killed there."""
+def go_wrong(rank: int, how: str) -> None:
+    """In one of the processes, the second update sleeps for ever, or fails, or the process is killed there."""
     from wam.training.engine import Engine
 
     real, count = Engine.step, [0]
@@ -145,22 +145,27 @@ def sleep_in_step(rank: int, killed: bool) -> None:
     def step(self: Engine, *args: Any) -> Any:
         count[0] += 1
         if self.rank == rank and count[0] == 2:
-            if killed:
+            if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "fails":
+                raise ValueError("the bridge is out")
             time.sleep(1000)
         return real(self, *args)
 
     Engine.step = step  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_processes_that_wait_for_one_that_hangs_or_is_gone_name_it_and_stop(tmp_path: Path, killed: bool) -> None:
-    output = tmp_path / "run"
-    codes = finish(start(run_training, output, ("training.steps=4", f"training.engine.timeout_minutes={2 if killed else 0.35}", *QUICK), sleep_in_step, 1, killed, world=2))
-    if killed:
-        assert codes[1] == -signal.SIGKILL and codes[0] in (2, EXIT_STOPPED)
-        assert "process 1 (" in said(output, 0) and "is gone" in said(output, 0) and "it was last seen in " in said(output, 0)
+@pytest.mark.parametrize("how", ["hangs", "killed", "fails"])
+def test_processes_that_wait_for_another_name_it_and_stop(tmp_path: Path, how: str) -> None:
+    output, rank = tmp_path / "run", 0 if how == "fails" else 1
+    minutes = 0.35 if how == "hangs" else 2
+    codes = finish(start(run_training, output, ("training.steps=4", f"training.engine.timeout_minutes={minutes}", *QUICK), go_wrong, rank, how, world=2))
+    told = said(output, 1 - rank)
+    assert f"process {rank} (" in told and "it goes on from its last state" in told
+    if how == "hangs":
+        assert codes[1] == EXIT_STOPPED and codes[0] in (2, EXIT_STOPPED) and "is in 'update' of step 1" in told and "test_guards.py" in told  # the line that it is at
+        assert "process 1 (" in said(output, 1)
+    elif how == "killed":
+        assert codes[1] == -signal.SIGKILL and codes[0] in (2, EXIT_STOPPED) and "is gone" in told and "it was last seen in " in told
     else:
-        assert codes == [EXIT_STOPPED, EXIT_STOPPED]
-        assert all("process 1 (" in said(output, rank) and "is in 'update' of step 1" in said(output, rank) for rank in (0, 1))
-        assert "test_guards.py" in said(output, 0)  # the line that it is at
+        assert codes[0] == 2 and codes[1] in (2, EXIT_STOPPED) and "ValueError: the bridge is out" in told

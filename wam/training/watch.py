@@ -1,14 +1,14 @@
 """Processes that train together: which one is gone, which one is late and where it stands; and being asked to stop.
 
     main thread    at("data") ... at("forward and backward") ... at("update") ...     counts stages; costs nothing
-    own thread     puts (count, stage, step, innermost line) into a store a few times a second, and reads the others'
+    own thread     puts (count, stage, step, innermost line) into a store every other second; process 0's reads them all and judges
 
     gone     its entry does not change any more, though it had not said goodbye     (killed, its machine lost)
     failed   it said so; its own error is passed on
     late     it has been in one stage for `timeout` seconds, and no process is behind it
 
-A process that waits inside a collective cannot be woken, so the thread says what is wrong, with the number of the process, and ends its
-own process; the others' threads see the same and do the same.
+A process that waits inside a collective cannot be woken, so each thread says what is wrong, with the number of the process, and ends its
+own process.  Who sees that the store is gone knows that process 0 is, which keeps it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from wam.training.guards import Unstable
 
 log = logging.getLogger(__name__)
 EXIT_STOPPED = 70  # of a process whose watch ended it
+AGAIN = "start the run again with the same command, it goes on from its last state"
 SILENCE = 60.0  # seconds without a sign of life after which a process counts as gone
 
 
@@ -122,6 +123,7 @@ class Watch:
         self._main = threading.get_ident()
         self._now = (0, "start", 0, time.monotonic())  # count, stage, step, since when: replaced as one, read by the thread
         self._state, self._error = "running", ""
+        self._told = ""  # what was found wrong: kept, since the store may be gone when it is asked for
         self._serial = 0
         self._beats: dict[int, Beat] = {}
         self._seen: dict[int, float] = {}
@@ -130,7 +132,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         if self.world > 1:
             self._store = self._connect(group)
-            self._exchange()
+            self._exchange(everyone=False)
             group.sum(torch.zeros(()))  # every one has put its first beat
             self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
             self._thread.start()
@@ -147,9 +149,13 @@ class Watch:
         end = time.monotonic() + 6 * self.pause
         while collective and time.monotonic() < end:  # a collective fails at once when its peer is gone; that it is silent shows a little later
             self._end.wait(self.pause)
-            found = self._verdict(4 * self.pause)
-            if found is not None and not found.startswith(f"process {self.rank} "):
-                return LostProcess(f"{found}; start the run again with the same command, it goes on from its last state")
+            try:
+                self._exchange(everyone=True)
+                found = self._told or self._verdict(4 * self.pause)
+            except RuntimeError as lost:
+                found = self._told or f"process 0, which keeps the watch's store, is gone ({str(lost).splitlines()[0]})"
+            if found and not found.startswith(f"process {self.rank} "):
+                return LostProcess(f"{found}; {AGAIN}")
         self._say("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
         return error
 
@@ -182,28 +188,40 @@ class Watch:
     def _watch(self) -> None:
         while not self._end.wait(self.pause):
             try:
-                self._exchange()
+                self._exchange(everyone=self.rank == 0)
+                found = self._judge()
             except RuntimeError as error:  # the store, and with it the process that keeps it
                 if self._state == "running" and not self._end.wait(4 * self.pause):
-                    self._stop(f"process 0, which keeps the watch's store, is gone ({str(error).splitlines()[0]})")
+                    self._stop(self._told or f"process 0, which keeps the watch's store, is gone ({str(error).splitlines()[0]})")
                 return
-            found = self._verdict(self.silence)
-            if found is not None and self._state == "running" and not self._end.wait(5 * self.pause if "stopped" in found else 0):  # its own error may be on its way
+            self._told = found
+            if found and self._state == "running" and not self._end.wait(5 * self.pause if "stopped" in found else 0):  # its own error may be on its way
                 self._stop(found)
 
+    def _judge(self) -> str:
+        """What is wrong, as process 0 sees it; nothing where nothing is."""
+        if self.rank:
+            return self._store.get("verdict").decode() if self._store.check(["verdict"]) else ""
+        found = self._verdict(self.silence) or ""
+        if found and self._state != "done":
+            self._told = found
+            self._store.set("verdict", found)
+            self._end.wait(2 * self.pause)  # the others read it before the store ends with this process
+        return found
+
     def _stop(self, why: str) -> None:
-        print(f"wam: error: process {self.rank} stops: {why}; start the run again with the same command, it goes on from its last state", file=sys.stderr, flush=True)
+        print(f"wam: error: process {self.rank} stops: {why}; {AGAIN}", file=sys.stderr, flush=True)
         os._exit(EXIT_STOPPED)
 
-    def _exchange(self) -> None:
-        """Put this process's beat, read the others'."""
+    def _exchange(self, everyone: bool) -> None:
+        """Put this process's beat, and read `everyone`'s."""
         with self._lock:
             count, stage, step, since = self._now
             self._serial += 1
             beat = Beat(self._serial, count, stage, step, time.monotonic() - since, self._where(), socket.gethostname(), os.getpid(), self._state, self._error)
             self._store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
             now = time.monotonic()
-            for rank in range(self.world):
+            for rank in range(self.world) if everyone else ():
                 if rank != self.rank and self._store.check([f"beat/{rank}"]):
                     other = Beat(**json.loads(self._store.get(f"beat/{rank}")))
                     if rank not in self._beats or other.serial != self._beats[rank].serial:
@@ -221,7 +239,7 @@ class Watch:
     def _say(self, state: str, error: str) -> None:
         self._state, self._error = state, error
         with contextlib.suppress(RuntimeError):  # the store may be what is gone
-            self._exchange()
+            self._exchange(everyone=False)
 
     def _where(self) -> str:
         """The innermost line of the main thread that is this project's, and what it called."""
