@@ -137,9 +137,10 @@ class ReplanningBroker:
         if self._origin is None:
             self._origin = observation.time
         now = self._step_of(observation.time)
-        done = [self._done.get(step) for step in range(self._asked, now)]
-        known = all(action is not None for action in done)
-        history: dict[str, Any] = {"executed": np.stack(done)} if done and known else {"gap": True} if done else {}
+        passed = range(self._asked, now)
+        done = [self._done[step] for step in passed if step in self._done]
+        known = len(done) == len(passed)
+        history: dict[str, Any] = {"executed": np.stack(done)} if done and known else {} if known else {"gap": True}
         if plan is not None:
             start = plan.index(observation.time)
             rest = plan.actions[start : start + (self._took if self.delay_steps is None else self.delay_steps)] if start >= 0 else plan.actions[:0]

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, WebSocketException
@@ -112,7 +112,8 @@ class PolicyClient:
         self.session_id = session_id or uuid.uuid4().hex
         self.metadata: dict[str, Any] = {}
         self._headers = {"Authorization": "Api-Key " + api_key} if api_key else {}
-        self._ssl, self._socket, self._lock, self._count = ssl, None, threading.Lock(), 0
+        self._ssl, self._lock, self._count = ssl, threading.Lock(), 0
+        self._socket: Any = None
         with self._lock:
             self._connect()
 
@@ -219,8 +220,3 @@ class PolicyClient:
                 socket.close()
             except (OSError, WebSocketException):
                 return  # it was gone already
-
-
-def stack(actions: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Actions side by side (n, d); None for none."""
-    return np.stack(actions) if len(actions) else None

@@ -44,8 +44,8 @@ class FakePolicy:
         """The reply to one frame."""
         message: dict[str, Any] = {}
         try:
-            message = unpack(data) if isinstance(data, bytes) else None
-            if not isinstance(message, dict):
+            message = unpack(data) if isinstance(data, bytes) else {}
+            if not isinstance(message, dict) or not message:
                 raise _Refused("bad_message", "the message is no map", "send binary frames of msgpack")
             return self._reply(message)
         except _Refused as refused:
@@ -56,7 +56,8 @@ class FakePolicy:
             return json.dumps({"error": {"code": "bad_message", "message": "the message is not msgpack", "remedy": "pack it as docs/serving.md says", "retry": False}})
 
     def _reply(self, message: dict[str, Any]) -> Any:
-        endpoint, named = message.get("endpoint"), {key: message[key] for key in ("request_id", "session_id") if key in message}
+        endpoint = message.get("endpoint")
+        named: dict[str, Any] = {key: message[key] for key in ("request_id", "session_id") if key in message}
         if endpoint == "reset":
             return "reset successful"
         if endpoint == "reset_session":
