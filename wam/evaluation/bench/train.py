@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -259,7 +260,7 @@ def _run(name: str, paths: Sequence[Path], joined: bool, threads: int) -> None:
         log = path.with_suffix(f".{number}.log").open("w")
         processes.append((subprocess.Popen([sys.executable, "-m", "wam.evaluation.bench.train_worker", str(path)], env=environment, stdout=log, stderr=subprocess.STDOUT), log))
     try:
-        codes = [process.wait() for process, _ in processes]
+        codes = _wait([process for process, _ in processes])
     finally:
         for process, log in processes:
             process.kill()
@@ -268,6 +269,15 @@ def _run(name: str, paths: Sequence[Path], joined: bool, threads: int) -> None:
     if any(codes):
         said = "\n".join(Path(log.name).read_text()[-2000:] for (_, log), code in zip(processes, codes, strict=True) if code)
         raise BenchError(f"engine {name!r}: a process ended with {next(c for c in codes if c)}:\n{said}")
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes; 0 of those that still ran when another failed: they would wait for it."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:
+            return [code or 0 for code in codes]
+        time.sleep(0.2)
 
 
 def _free_port() -> int:

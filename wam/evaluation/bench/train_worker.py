@@ -81,16 +81,16 @@ class Step:
         self.ema.update(self.number + 1)
         times["update"] = clock.lap()
         self.number += 1
-        return times, sum(gradients.values())
+        return times, gradients
 
-    def gradients(self) -> Bytes:
-        """Storages of gradients that are there now."""
+    def gradients(self) -> int:
+        """Bytes of gradients that are there now, by their elements: ZeRO keeps one that lies across two shares whole on both."""
         found = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         zero = getattr(self.engine, "zero", None)
         for shares in (getattr(zero, "averaged_gradients", None) or {}).values():
             found += [share for share in shares or () if isinstance(share, Tensor)]
         buffer = getattr(zero, "grad_partitions_flat_buffer", None)  # stage 3 keeps it
-        return storages(found if buffer is None else [*found, buffer])
+        return sum(g.numel() * g.element_size() for g in (found if buffer is None else [buffer]))
 
     def held(self) -> dict[str, int]:
         """Bytes of what this process keeps between steps."""
