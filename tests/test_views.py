@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import tiny_config, tiny_model
 
 from wam.config import ConfigError, DataConfig, TimelineConfig, load_config
 from wam.config_data import AugmentConfig
@@ -22,6 +23,10 @@ from wam.data.views import PLAIN, Canvas, change_colours, colour_matrix, compose
 from wam.evaluation.environments import StepResult
 from wam.evaluation.seen import seen_through
 from wam.evaluation.vector import Observations
+from wam.inference.session import Session
+from wam.pretrained import from_pretrained
+from wam.timeline import Kind
+from wam.training.loop import train
 
 TIMELINE = TimelineConfig()
 WRIST, LEFT, RIGHT = (np.full((2, 8, 12, 3), value, np.uint8) for value in (50, 100, 200))
@@ -73,8 +78,14 @@ def test_canvases_that_cannot_be() -> None:
 def test_configs_whose_canvas_does_not_fit_the_network() -> None:
     cameras = "data.cameras=[a, b, c]"
     assert load_config(None, [cameras, "data.layout=t", "codec.image_size=[64, 128]"]).data.layout == "t"
-    with pytest.raises(ConfigError, match="the network takes one canvas and has no view index; use layout width"):
+    with pytest.raises(ConfigError, match=r"layout is 'separate' of 3 cameras, which makes 3 views, but codec.views is 1; set codec.views=3"):
         load_config(None, [cameras, "data.layout=separate"])
+    with pytest.raises(ConfigError, match=r"which makes 1 views, but codec.views is 2; set codec.views=1"):
+        load_config(None, ["codec.image_size=[64, 128]", "codec.views=2"])
+    with pytest.raises(ConfigError, match=r"codec.views is 3, but codec.image_size is 64 wide"):
+        load_config(None, [cameras, "data.layout=separate", "codec.views=3"])
+    with pytest.raises(ConfigError, match=r"a view is 3 latents wide .*, which model.patch \[1, 2, 2\] does not divide"):
+        load_config(None, ["data.cameras=[a, b]", "data.layout=separate", "codec.views=2", "codec.image_size=[64, 48]"])
     with pytest.raises(ConfigError, match=r"'width' of 3 cameras has 3 cells along the width, which codec.image_size \[64, 64\] is no multiple of"):
         load_config(None, [cameras, "data.layout=width"])
 
@@ -205,6 +216,37 @@ def test_a_window_of_three_cameras(root: Path, cache: str) -> None:
     np.testing.assert_array_equal(Canvas("t", 3, (128, 128)).place(list(separate[40]["frames"])), sample["frames"])
     view = data.episode(data.episodes[1])
     assert fixture.read_stamp(view.frames[5][64:, 64:]) == fixture.read_stamp(view.frames[0][64:, 64:]) + 5
+
+
+def test_cameras_that_stay_separate_come_to_the_network_side_by_side(root: Path) -> None:
+    apart = WindowDataset(config(root, layout="separate"), TIMELINE, "train")[40]["frames"]
+    together = WindowDataset(config(root, layout="separate"), TIMELINE, "train", image_size=(64, 192))[40]["frames"]
+    np.testing.assert_array_equal(together, np.concatenate(list(apart), axis=2))
+
+
+def test_a_network_tells_views_apart_by_an_index_alone() -> None:
+    model = tiny_model(tiny_config("data.cameras=[a, b]", "data.layout=separate", "codec.views=2", "codec.image_size=[32, 64]"))
+    rows, columns = model.clock.grid
+    placed = model.clock.segment(Kind.H, -1).positions.view(rows, 2, columns // 2, 4)
+    assert torch.equal(placed[:, 0], placed[:, 1]), "each view counts its columns from 0"
+    latents = torch.randn(2, 6, 3, *model.latent_size)
+    tokens = model.embed_video(latents, None).view(2, 3, rows, 2, columns // 2, -1)
+    swapped = model.embed_video(torch.cat(latents.chunk(2, dim=-1)[::-1], dim=-1), None).view(tokens.shape)
+    difference = model.view_table[1] - model.view_table[0]
+    torch.testing.assert_close(tokens[:, :, :, 1], swapped[:, :, :, 0] + difference)
+    torch.testing.assert_close(tokens[:, :, :, 0], swapped[:, :, :, 1] - difference)
+
+
+def test_a_policy_of_separate_cameras_trains_and_drives(root: Path, tmp_path: Path) -> None:
+    cameras = json.dumps([fixture.CAMERA, "observation.images.left", "observation.images.right"])
+    data = (f"data.root={root}", f"data.cameras={cameras}", "data.layout=separate", "data.validation_fraction=0.4", "codec.views=3", "codec.image_size=[32, 96]", "codec.fit_frames=64")
+    quick = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validate_every=5", "training.validation_batches=1", "timeline.blocks=2")
+    policy = from_pretrained(train(tiny_config(*data, *quick), tmp_path / "run"))
+    assert policy.model.view_table.shape == (3, policy.model.backbone.width)
+    session = Session(policy, ["open the drawer"], "metaworld", [1])
+    session.observe(Canvas.of(policy.config.data, policy.config.codec.image_size).compose([np.full((1, 40, 40, 3), v, np.uint8) for v in (20, 90, 200)])[None], np.zeros((1, 4), np.float32))
+    plan = session.plan("joint")
+    assert plan.imagined is not None and plan.imagined.shape[-1] == 12 and plan.actions is not None and np.isfinite(plan.actions).all()
 
 
 def test_a_policy_composes_what_it_was_trained_on(root: Path) -> None:

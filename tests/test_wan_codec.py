@@ -113,6 +113,21 @@ def test_a_stretch_without_its_past_is_taken_as_standing_still_before_it(codec: 
     assert codec.decode(z, first=False).shape == video.shape
 
 
+def test_views_side_by_side_are_encoded_each_by_itself(codec: WanCodec) -> None:
+    several = WanCodec(codec.vae, views=3)
+    views = [_video(9, seed=seed) for seed in range(3)]
+    canvas = torch.cat(views, dim=3)
+    latents = several.encode(canvas)
+    torch.testing.assert_close(latents, torch.cat([codec.encode(view) for view in views], dim=-1))
+    assert not torch.allclose(latents, codec.encode(canvas), atol=1e-3), "on one canvas, views bleed over their edges"
+    stream = several.stream()
+    parts = [stream.encode(canvas[:, :1])]
+    parts.append(stream.select([1]).encode(canvas[1:, 1:]))
+    torch.testing.assert_close(torch.cat([parts[0][1:], parts[1]], dim=2), latents[1:])
+    torch.testing.assert_close(several.decode(latents).float(), torch.cat([codec.decode(codec.encode(view)) for view in views], dim=3).float(), atol=1, rtol=0)
+    torch.testing.assert_close(several.encode_pixels(canvas.float()), latents)
+
+
 def test_saved_and_loaded_it_encodes_the_same(codec: WanCodec, tmp_path: Path) -> None:
     codec.save_pretrained(tmp_path)
     loaded = WanCodec.from_pretrained(tmp_path)

@@ -162,6 +162,12 @@ class Config:
                 f"a latent frame is {latent} {'high' if axis == 'height' else 'wide'} (image {axis} {size} / codec.patch {self.codec.patch}), which model.patch {patch} does not divide",
                 f"use an image {axis} that is a multiple of {self.codec.patch * patch}",
             )
+        view = self.codec.image_size[1] // self.codec.patch // self.codec.views
+        _require(
+            view % self.model.patch[2] == 0,
+            f"a view is {view} latents wide (image width {self.codec.image_size[1]} / codec.patch {self.codec.patch} / codec.views {self.codec.views}), which model.patch {list(self.model.patch)} does not divide",
+            f"use an image width that is a multiple of {self.codec.views * self.codec.patch * self.model.patch[2]}",
+        )
         _require(
             self.image.kind == "none" or self.model.image_dim is not None,
             f"image.kind is {self.image.kind!r}, but the model takes no image embeddings (model.image_dim is null)",
@@ -197,8 +203,12 @@ class Config:
 
     def _check_canvas(self, where: str, data: DataConfig) -> None:
         """Compare a dataset's layout of cameras with the picture that the network takes."""
-        remedy = "use layout width, which puts them side by side"
-        _require(data.layout != "separate", f"{where}.layout is 'separate', but the network takes one canvas and has no view index", remedy)
+        views = len(data.cameras) if data.layout == "separate" else 1
+        _require(
+            views == self.codec.views or data.contents == "action",
+            f"{where}.layout is {data.layout!r} of {len(data.cameras)} cameras, which makes {views} views, but codec.views is {self.codec.views}",
+            f"set codec.views={views}{' and codec.image_size to the cameras side by side' if views > 1 else ''}, or use another layout",
+        )
         for axis, size, cells in zip(("height", "width"), self.codec.image_size, grid_of(data.layout, len(data.cameras)), strict=True):
             canvas = f"{where}.layout {data.layout!r} of {len(data.cameras)} cameras has {cells} cells along the {axis}"
             _require(size % cells == 0, f"{canvas}, which codec.image_size {list(self.codec.image_size)} is no multiple of", f"use an image {axis} that is a multiple of {cells}")

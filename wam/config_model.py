@@ -98,6 +98,7 @@ class CodecConfig:
     image_size: tuple[int, int] = (64, 64)  # height, width in pixels
     patch: int = 8  # spatial stride in pixels
     channels: int = 24  # latent channels
+    views: int = 1  # cameras side by side in the picture that are encoded each by itself and told apart by an index (data.layout: separate)
     whitening: float = 1.0  # 1: every channel has unit variance; 0: channels keep their share of it; between: in between
     fit_frames: int = 4000  # frames used to fit the linear codec
 
@@ -111,6 +112,12 @@ class CodecConfig:
                 f"codec.image_size {side} {size} is not a multiple of codec.patch {self.patch} ({size} = {size // self.patch} x {self.patch} + {size % self.patch})",
                 f"use {size - size % self.patch} or {size + self.patch - size % self.patch}",
             )
+        width = self.image_size[1]
+        require(
+            self.views >= 1 and width % (self.views * self.patch) == 0,
+            f"codec.views is {self.views}, but codec.image_size is {width} wide, which {self.views} views of whole patches of {self.patch} do not make",
+            f"use 1, or a width that is a multiple of {max(self.views, 1) * self.patch}",
+        )
         require(0 <= self.whitening <= 1, f"codec.whitening is {self.whitening}", "expected 0..1")
         limit = 3 * self.patch * self.patch
         require(self.kind != "linear" or self.pretrained is None, f"codec.pretrained is {self.pretrained!r}, but codec.kind is 'linear', which is fitted on the dataset", "set codec.kind=wan, or codec.pretrained=null")

@@ -79,11 +79,13 @@ class Clock:
         timeline: sizes of a block.
         grid: patch rows and columns of a latent frame.
         positions: where states and actions sit (see the module's docstring).
+        views: cameras side by side in the grid, each of which counts its columns from 0.
     """
 
     timeline: TimelineConfig
     grid: tuple[int, int]
     positions: Positions = "time"
+    views: int = 1
 
     @property
     def patches(self) -> int:
@@ -139,6 +141,7 @@ class Clock:
 
     def _patches(self, frames: Sequence[float]) -> Tensor:
         rows, columns = (torch.arange(n, dtype=torch.float64) for n in self.grid)
+        columns = columns % (self.grid[1] // self.views)
         placed = torch.cartesian_prod(torch.tensor(list(frames), dtype=torch.float64), rows, columns)
         return torch.cat([placed, torch.zeros(len(placed), 1, dtype=torch.float64)], dim=1)
 

@@ -104,7 +104,7 @@ def make_codec(config: CodecConfig, folder: Path | None = None) -> Codec:
     """
     if config.kind == "linear":
         return LinearCodec(config)
-    codec = WanCodec.from_pretrained(component(folder, VAE, config.pretrained, "codec.pretrained"), subfolder=VAE, dtype=DTYPES[config.dtype])
+    codec = WanCodec.from_pretrained(component(folder, VAE, config.pretrained, "codec.pretrained"), subfolder=VAE, dtype=DTYPES[config.dtype], views=config.views)
     for name, of in (("channels", "z_dim"), ("patch", "spatial stride")):
         found, expected = getattr(codec, name), getattr(config, name)
         if found != expected:

@@ -11,6 +11,8 @@ Two latent spaces have released weights.  Which one a VAE has is read off its ow
 A latent depends on every frame before it, through the last inputs that each causal convolution remembers.  diffusers keeps them on
 the module and forgets them at the end of a call, so it cannot go on with a video.  Here a stream owns them: two streams never meet,
 a stream equals one shot, and the VAE holds no state.  One shot is a stream with a single call, so there is one way of computing.
+
+Of several views side by side (`views`), each goes through the VAE by itself, as a row of the batch: nothing of one bleeds into the next.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class EncoderStream:
                 another batch or image size than the stream began with.
         """
         first = self.shape is None
+        frames_BFHWC = self.codec.apart(frames_BFHWC, 3)
         _check_frames(frames_BFHWC, first, self.codec.patch)
         batch, count, height, width, _ = frames_BFHWC.shape
         shape = _same_shape(self.shape, (batch, height, width), "frames")
@@ -54,10 +57,11 @@ class EncoderStream:
         memory = list(self.memory)  # kept only if every part succeeds: out of memory halfway leaves the stream where it was
         latents = [self.codec.encode_part(part, memory) for part in frames_BFHWC.split(sizes, dim=1)]
         self.memory, self.shape = memory, shape
-        return torch.cat(latents, dim=2)
+        return self.codec.together(torch.cat(latents, dim=2), 4)
 
     def select(self, rows: Sequence[int]) -> EncoderStream:
         """A stream of its own that goes on with some rows of the batch, in the given order."""
+        rows = self.codec.rows_of(rows)
         return EncoderStream(self.codec, _rows(self.memory, rows), self.shape and (len(rows), *self.shape[1:]))
 
 
@@ -77,15 +81,17 @@ class DecoderStream:
         """
         first = self.shape is None
         _check_latents(latents_BCFHW, self.codec.channels)
+        latents_BCFHW = self.codec.apart(latents_BCFHW, 4)
         batch, _, _, height, width = latents_BCFHW.shape
         shape = _same_shape(self.shape, (batch, height, width), "latents")
         memory = list(self.memory)
         frames = [self.codec.decode_part(part, memory, first and i == 0) for i, part in enumerate(latents_BCFHW.split(1, dim=2))]
         self.memory, self.shape = memory, shape
-        return torch.cat(frames, dim=1)
+        return self.codec.together(torch.cat(frames, dim=1), 3)
 
     def select(self, rows: Sequence[int]) -> DecoderStream:
         """A stream of its own that goes on with some rows of the batch, in the given order."""
+        rows = self.codec.rows_of(rows)
         return DecoderStream(self.codec, _rows(self.memory, rows), self.shape and (len(rows), *self.shape[1:]))
 
 
@@ -101,14 +107,14 @@ class WanCodec(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vae: AutoencoderKLWan):
-        """Wrap a VAE, which is frozen.
+    def __init__(self, vae: AutoencoderKLWan, views: int = 1):
+        """Wrap a VAE, which is frozen, for pictures of `views` cameras side by side.
 
         Raises:
             ValueError: a VAE that does not fold 4 frames into a latent, or whose statistics do not fit its channels.
         """
         super().__init__()
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae, self.views = vae.eval().requires_grad_(False), views
         config = vae.config
         self.channels: int = config.z_dim
         self.patch: int = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
@@ -123,7 +129,7 @@ class WanCodec(nn.Module):
         self.register_buffer("std", torch.tensor(config.latents_std).view(shape), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path, subfolder: str | None = "vae", dtype: torch.dtype = torch.float32) -> WanCodec:
+    def from_pretrained(cls, path_or_repo: str | Path, subfolder: str | None = "vae", dtype: torch.dtype = torch.float32, views: int = 1) -> WanCodec:
         """Load a VAE from a folder in diffusers' layout (`vae/config.json`, `vae/diffusion_pytorch_model.safetensors`) or a repository's name.
 
         Wan's VAE is meant to run in float32; bfloat16 is faster and visibly less exact.
@@ -138,7 +144,7 @@ class WanCodec(nn.Module):
             raise FileNotFoundError(f"no Wan VAE in {path_or_repo} (subfolder {subfolder!r}): {error}; give a folder in diffusers' layout, e.g. a download of Wan-AI/Wan2.1-T2V-1.3B-Diffusers") from error
         if loaded["missing_keys"]:
             raise ValueError(f"the VAE in {path_or_repo} lacks {len(loaded['missing_keys'])} weights, e.g. {sorted(loaded['missing_keys'])[:3]}; download it again")
-        return cls(vae)
+        return cls(vae, views)
 
     def save_pretrained(self, directory: str | Path, subfolder: str | None = "vae") -> None:
         """Write the VAE in diffusers' layout, so that `from_pretrained` and diffusers' pipelines read it."""
@@ -163,14 +169,14 @@ class WanCodec(nn.Module):
         """
         if first:
             return self.stream().encode(frames_BFHWC)
-        _check_frames(frames_BFHWC, first, self.patch)
+        _check_frames(self.apart(frames_BFHWC, 3), first, self.patch)
         return self.stream().encode(torch.cat([frames_BFHWC[:, :1], frames_BFHWC], dim=1))[:, :, 1:]
 
     def encode_pixels(self, pixels_BFHWC: Tensor) -> Tensor:
         """`encode` of a clip from its first frame, whose pixels need not be whole numbers (float, 0..255)."""
-        memory = _forgotten(self.vae.encoder)
+        pixels_BFHWC, memory = self.apart(pixels_BFHWC, 3), _forgotten(self.vae.encoder)
         sizes = [1] + [self.temporal_stride] * ((pixels_BFHWC.shape[1] - 1) // self.temporal_stride)
-        return torch.cat([self.encode_part(part, memory) for part in pixels_BFHWC.split(sizes, dim=1)], dim=2)
+        return self.together(torch.cat([self.encode_part(part, memory) for part in pixels_BFHWC.split(sizes, dim=1)], dim=2), 4)
 
     def decode(self, latents_BCFHW: Tensor, first: bool = True) -> Tensor:
         """Latents (B, C, F', h, w) to uint8 frames (B, F, H, W, 3); `first`: the first latent holds one frame.
@@ -184,6 +190,20 @@ class WanCodec(nn.Module):
             return self.stream_decoder().decode(latents_BCFHW)
         _check_latents(latents_BCFHW, self.channels)
         return self.stream_decoder().decode(torch.cat([latents_BCFHW[:, :, :1], latents_BCFHW], dim=2))[:, 1:]
+
+    def apart(self, x: Tensor, width: int) -> Tensor:
+        """Views side by side along the dimension `width`, (B, ...), as rows of the batch, (B V, ...)."""
+        if self.views == 1 or x.ndim != 5 or x.shape[width] % self.views:
+            return x  # what is misshapen is refused by the checks that follow
+        return torch.stack(x.chunk(self.views, dim=width), dim=1).flatten(0, 1)
+
+    def together(self, x: Tensor, width: int) -> Tensor:
+        """What `apart` took apart."""
+        return x if self.views == 1 else torch.cat(x.unflatten(0, (-1, self.views)).unbind(1), dim=width)
+
+    def rows_of(self, rows: Sequence[int]) -> list[int]:
+        """Where the views of some rows of the batch are."""
+        return [row * self.views + view for row in rows for view in range(self.views)]
 
     @torch.no_grad()
     def encode_part(self, frames_BFHWC: Tensor, memory: Memory) -> Tensor:

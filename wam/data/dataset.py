@@ -436,12 +436,14 @@ def _padded(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 def _canvas(source: LeRobotDataset, data: DataConfig, image_size: tuple[int, int] | None) -> Canvas:
     """The config's canvas; without a size, that of the first camera in every cell."""
+    if image_size is not None:
+        return Canvas.of(data, image_size)
     if data.contents == "action":
-        return Canvas.of(data, image_size or grid_of(data.layout, len(data.cameras)))
+        return Canvas(data.layout, len(data.cameras), grid_of(data.layout, len(data.cameras)))
     shapes = [source.camera(camera).shape for camera in data.cameras]
     height, width = shapes[0][:2]
     rows, columns = grid_of(data.layout, len(data.cameras))
-    return Canvas.of(data, (rows * height, columns * width) if image_size is None else image_size)
+    return Canvas(data.layout, len(data.cameras), (rows * height, columns * width), data.augment.crop)
 
 
 def _units(source: LeRobotDataset, data: DataConfig, robot: EmbodimentConfig | None) -> Units:

@@ -87,7 +87,7 @@ def codec_identity(config: CodecConfig, codec: Codec) -> Settings:
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return {"kind": config.kind, "channels": codec.channels, "patch": codec.patch, "dtype": config.dtype, "weights": digest.hexdigest()}
+    return {"kind": config.kind, "channels": codec.channels, "patch": codec.patch, "views": config.views, "dtype": config.dtype, "weights": digest.hexdigest()}
 
 
 def content_of(source: LeRobotDataset, cameras: Sequence[str], directory: Path) -> str:

@@ -7,6 +7,9 @@
     +-----+     +---+---+     |  1  |   | 2 | 3 |     | 1 | 2 |                        with a view index
                               +-----+   +---+---+     +---+---+
 
+Separate cameras come to the network side by side, as in `width`; there the codec encodes each by itself, columns are counted anew in
+each, and an index tells them apart (`codec.views`).
+
 Every camera is resized to its cell, or to the cell and a margin where a crop follows: cropping is then a cut, at a place that is drawn
 once for a window and lies alike in all of its frames and cameras.  Without augmentation the middle is cut.  Colours change by one
 matrix and offset, which brightness, contrast, saturation and hue are all parts of.
@@ -105,8 +108,8 @@ class Canvas:
 
     @classmethod
     def of(cls, data: DataConfig, size: tuple[int, int]) -> Canvas:
-        """The canvas of a config."""
-        return cls(data.layout, len(data.cameras), (size[0], size[1]), data.augment.crop)
+        """The canvas that a config's network takes: separate cameras lie side by side."""
+        return cls("width" if data.layout == "separate" else data.layout, len(data.cameras), (size[0], size[1]), data.augment.crop)
 
     @property
     def cell(self) -> tuple[int, int]:

@@ -153,7 +153,9 @@ class WorldActionModel(nn.Module):
             self.goal_embedding = nn.Parameter(torch.zeros(backbone.width))
         height, width = (size // config.codec.patch for size in config.codec.image_size)
         self.latent_size = (height, width)
-        self.clock = Clock(config.timeline, (height // m.patch[1], width // m.patch[2]), m.positions)
+        self.clock = Clock(config.timeline, (height // m.patch[1], width // m.patch[2]), m.positions, config.codec.views)
+        if config.codec.views > 1:
+            self.view_table = nn.Parameter(torch.zeros(config.codec.views, backbone.width))
         self.relations = Relations.of(config)
 
     @classmethod
@@ -253,7 +255,11 @@ class WorldActionModel(nn.Module):
         """Patch tokens (B, F P, D); `first_frame_BCFHW` (B, mask and latent channels, F, h, w) is joined to the channels where the model takes it."""
         if first_frame_BCFHW is not None:
             latents_BCFHW = torch.cat([latents_BCFHW, first_frame_BCFHW.type_as(latents_BCFHW)], dim=1)
-        return self.backbone.embed_video(latents_BCFHW.to(self.backbone.dtype))
+        x_BLD = self.backbone.embed_video(latents_BCFHW.to(self.backbone.dtype))
+        if self.clock.views == 1:
+            return x_BLD
+        x = x_BLD.unflatten(1, (-1, self.clock.views, self.clock.grid[1] // self.clock.views))  # frames and rows, views, columns of a view
+        return (x + self.view_table[:, None].type_as(x)).flatten(1, 3)
 
     def _video_levels(self, timestep_BK: Tensor, runs: tuple[int, ...]) -> Modulation:
         return self.backbone.embed_levels(Levels(timestep_BK.float(), runs))

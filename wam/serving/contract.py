@@ -76,8 +76,6 @@ class Contract:
         name = embodiment or config.data.embodiment
         policy.model.embodiment_index(name)
         robot = config.model.embodiment(name)
-        if config.data.layout == "separate":
-            raise ValueError("this policy keeps its cameras apart (data.layout 'separate'), and a session takes one canvas; train one of another layout to serve it")
         modes = acting_modes(config)
         if not modes:
             raise ValueError("this policy was trained for no mode that plans actions from what was observed; `wam relations` lists the modes")
