@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
-import torch
 import yaml
 from tiny import SMALL, tiny_config, tiny_model
 
@@ -291,23 +290,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("workplace")
-def test_a_loss_that_is_no_number_names_its_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("training.steps=9", "training.warmup_steps=1", "training.learning_rate=1e30") == 2
-    assert "at step 1; the batch's episodes, starts and modes are in run/non_finite_batch.json" in capsys.readouterr().err
-    batch = json.loads(Path("run/non_finite_batch.json").read_text())
-    assert batch["step"] == 1 and len(batch["samples"]) == 2 and set(batch["samples"][0]) == {"episode", "start", "mode"}
-
-
-@pytest.mark.usefixtures("workplace")
-def test_a_gradient_that_is_no_number_does_not_reach_the_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = torch.nn.utils.clip_grad_norm_
-    with monkeypatch.context() as broken:
-        norms = iter([torch.tensor(1.0), torch.tensor(torch.inf)])
-        broken.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: clip(*args, **kwargs) * next(norms))
-        assert train("training.steps=3", "training.save_every=1") == 2
-    assert "the gradient's norm is inf at step 1" in capsys.readouterr().err
-    assert train("training.steps=3", "training.save_every=1") == 0  # goes on from step 1
-    assert json.loads(Path("run/checkpoint/config.json").read_text())["step"] == 3
+def test_losses_that_are_no_numbers_end_a_run_with_a_diagnosis(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("training.steps=9", "training.warmup_steps=1", "training.learning_rate=1e30", "training.guards={max_skipped: 2}") == 2
+    told = capsys.readouterr().err
+    assert "3 of the last 100 steps were left out (training.guards.max_skipped is 2)" in told and "The batches are in run/skipped" in told
+    batch = json.loads(Path("run/skipped/step-00000001/rank-00000.json").read_text())
+    assert batch["step"] == 1 and len(batch["samples"]) == 2 and {"episode", "start", "mode"} <= set(batch["samples"][0])
 
 
 @pytest.mark.usefixtures("workplace")

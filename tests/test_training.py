@@ -128,8 +128,8 @@ def test_two_clips_can_be_memorised_and_are_sampled_back(expert: int | None) -> 
     sizes = ("model.ffn_dim=128", "model.heads=2", "model.head_dim=48", f"model.expert_width={expert or 'null'}")
     config = _config(*sizes, "training.state_dropout=0", f"training.modes={{{', '.join(f'{mode}: 1' for mode in modes)}}}")
     policy, batch, objective = _memorise(config, 250)
-    final = objective(batch, torch.Generator().manual_seed(99))
-    assert float(final.action().detach()) < 0.05
+    final = sum(float(objective(batch, torch.Generator().manual_seed(99 + i)).action().detach()) for i in range(12)) / 12
+    assert final < 0.08, "over noise levels and modes; an untrained network's is above 1"
     pair = {k: v[:2] for k, v in batch.items()}
     session = Session(policy, pair["instruction"], "metaworld", [0, 1])
     states = session.normalizer.unnormalize("state", pair["state"].numpy())

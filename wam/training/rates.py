@@ -36,6 +36,7 @@ PUBLISHED = {  # FLOP a second of dense bfloat16 products, from NVIDIA's data sh
     "RTX 4090": 1.65e14,
     "RTX 3090": 7.1e13,
 }
+SLOW = 0.5  # seconds that one product may be expected to take
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,13 @@ def _read(path: Path) -> Rate | None:
 
 
 def _measure(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    size = 8192 if device.type == "cuda" else 1024
+    """The best of some products; where a small one is slow already (16 bits on a CPU without instructions for them), that is the answer."""
+    small, large = (2048, 8192) if device.type == "cuda" else (128, 1024)
+    rate = _best_product(device, dtype, small, 2)
+    return rate if 2 * large**3 / rate > SLOW else max(rate, _best_product(device, dtype, large, repeats))
+
+
+def _best_product(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
     generator = torch.Generator(device).manual_seed(0)  # torch's global stream is the run's
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     best = float("inf")
