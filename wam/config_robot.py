@@ -11,7 +11,9 @@ What is done with the numbers is `wam.data.units`; whence a dataset's columns co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from wam.config_tree import require
@@ -61,6 +63,14 @@ class GroupConfig:
     def network_size(self) -> int:
         """Numbers that the network sees."""
         return ROTATION_SIZE.get(self.seen_as, self.size)
+
+
+def overlap(places: Iterable[tuple[str, int, int, str]]) -> str | None:
+    """Which two of some groups, (column, first, stop, name) each, take the same number of a column; None where each has its own."""
+    for (column, _, stop, name), (other, start, _, second) in pairwise(sorted(places)):
+        if column == other and start < stop:
+            return f"groups {name!r} and {second!r} both take dimension {start} of {column!r}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,19 @@ def require(condition: bool, problem: str, remedy: str) -> None:
         raise ConfigError(f"{problem}; {remedy}")
 
 
+class _Loader(yaml.SafeLoader):
+    """As SafeLoader, but a key that is said twice is refused: YAML takes the last, silently."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                require((key.tag, key.value) not in seen, f"line {key.start_mark.line + 1} says {show(key.value)} a second time", "leave one of them")
+                seen.add((key.tag, key.value))
+        return node
+
+
 def read_yaml(text: str, what: str) -> Any:
     """YAML to plain values.
 
@@ -43,7 +56,9 @@ def read_yaml(text: str, what: str) -> Any:
         ConfigError: "`what` is not valid YAML", for whatever the parser makes of it: of dates, numbers and nesting that are none, it raises errors of many kinds.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
     except Exception as error:
         said = str(error).strip() or type(error).__name__
         raise ConfigError(f"{what} is not valid YAML: {said}; quote texts that hold : # [ {{ ! or begin with a digit") from error

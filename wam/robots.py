@@ -11,14 +11,15 @@ card said, so a checkpoint needs no card.  An entry of a mixture may name a card
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from wam.config_data import DataConfig, Layout, grid_of
-from wam.config_robot import EmbodimentConfig, GroupConfig
-from wam.config_tree import ConfigError, from_dict, overlay, read_yaml, require, to_dict
+from wam.config_robot import EmbodimentConfig, GroupConfig, overlap
+from wam.config_tree import ConfigError, from_dict, overlay, read_yaml, require, show, to_dict
 
 CARDS = Path("data/robots")  # beside the working directory; a clone's own are found from anywhere
 ROBOT = "robot"  # the key that names a card, in a config and in an entry of its mixture
@@ -53,7 +54,8 @@ class RobotCard:
             groups, size = getattr(self, f"{what}_groups"), getattr(self, f"{what}_dim")
             require(bool(groups) or size is not None, f"the card of {self.embodiment!r} has no {what}_groups and no {what}_dim", "say one of them")
             require(not groups or size is None, f"the card of {self.embodiment!r} has {what}_groups and {what}_dim {size}", "leave the size out: the groups add up to it")
-        assert self.robot.name, "its groups are checked together"
+        assert self.robot.name and DataConfig(**self._data()), "its groups are checked together, and its cameras with their layout"
+        self._check_columns()
 
     @property
     def robot(self) -> EmbodimentConfig:
@@ -63,13 +65,26 @@ class RobotCard:
 
     def data(self) -> Tree:
         """What it says of the section `data`, or of an entry of a mixture."""
-        same = ("embodiment", "control_hz", "cameras", "layout", "state", "action", "executed_action", "normalization", "language", "wording")
-        return {name: to_dict(getattr(self, name)) for name in same}
+        return {name: to_dict(value) for name, value in self._data().items()}
 
     def tree(self) -> Tree:
         """What it says, as a partial config: the template is the text's, which a config can say otherwise, and not the robot's own."""
         text = {} if self.template is None else {"text": {"template": self.template}}
         return {"data": self.data(), "model": {"embodiments": [to_dict(replace(self.robot, template=None))]}, **text}
+
+    def _data(self) -> Tree:
+        same = ("embodiment", "control_hz", "cameras", "layout", "state", "action", "executed_action", "normalization", "language", "wording")
+        return {name: getattr(self, name) for name in same}
+
+    def _check_columns(self) -> None:
+        """No number of a column is two groups': one of them would have a wrong start, size or column."""
+        done = self.executed_action or self.action
+        asked = [(g.column or self.action, g.start, g.start + g.size, g.name) for g in self.action_groups]
+        executed = [(g.executed or g.column or done, g.start, g.start + g.size, g.name) for g in self.action_groups]
+        state = [(g.column or self.state, g.start, g.start + g.size, g.name) for g in self.state_groups]
+        for what, places in (("state", state), ("action", asked), ("action", executed)):
+            both = overlap(places)
+            require(both is None, f"the card of {self.embodiment!r}: {what} {both}", "correct the start, size or column of one of them")
 
 
 # ------------------------------------------------------------------------------------------------ finding and reading
@@ -110,11 +125,12 @@ def find_card(robot: str) -> Path:
     if robot in cards:
         return cards[robot]
     path = Path(robot)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path
+    with contextlib.suppress(OSError):  # a name longer than names can be
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path
     near = get_close_matches(robot, cards, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"robot is {robot!r}, and there is no such card; {hint}give a path to one, or a name of {CARDS}/: {', '.join(cards) or 'there are none'}")
+    raise ConfigError(f"robot is {show(robot)}, and there is no such card; {hint}give a path to one, or a name of {CARDS}/: {', '.join(cards) or 'there are none'}")
 
 
 # ------------------------------------------------------------------------------------------------ laying under a config

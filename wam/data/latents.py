@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from wam.codec.codec import Codec
 from wam.config import CodecConfig
+from wam.config_tree import show
 from wam.data.dataset import WindowDataset
 from wam.data.lerobot import LeRobotDataset
 from wam.data.windows import WindowTable
@@ -117,13 +118,18 @@ def _hash_files(paths: list[Path], noted: Path) -> dict[Path, str]:
     for path in paths:
         stat = path.stat() if path.is_file() else None  # a missing file is the reader's to judge; here it is other content
         stamps[path] = [stat.st_size, stat.st_mtime_ns] if stat else [0, 0]
-    fresh = [path for path in paths if known.get(str(path.resolve()), [])[:2] != stamps[path]]
+    fresh = [path for path in paths if not _is_noted(known.get(str(path.resolve())), stamps[path])]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, digest in zip(fresh, pool.map(_hash_file, fresh), strict=True):
             known[str(path.resolve())] = [*stamps[path], digest]
     if fresh and noted.parent.is_dir() and os.access(noted.parent, os.W_OK):
         write_json_atomic(noted, known)
     return {path: known[str(path.resolve())][2] for path in paths}
+
+
+def _is_noted(entry: Any, stamp: list[int]) -> bool:
+    """Whether an entry of files.json is the hash of a file with this size and time of change."""
+    return isinstance(entry, list) and len(entry) == 3 and entry[:2] == stamp and isinstance(entry[2], str)
 
 
 def _hash_file(path: Path) -> str:
@@ -201,15 +207,15 @@ class ShardReader:
             metadata = self._file.metadata() or {}
             self.rows, self.crc = (self._file.get_tensor(name) for name in ("rows", "crc"))
             self._latents = self._file.get_slice("latents")
-            self.shape = tuple(self._latents.get_shape())
+            self.shape, kind = tuple(self._latents.get_shape()), self._latents.get_dtype()
         except FileNotFoundError as error:
             raise LatentError(f"{path} is missing; {AGAIN}") from error
         except (SafetensorError, OSError) as error:
             raise LatentError(f"{path} is damaged ({error}); {AGAIN}") from error
         expected = {"format": FORMAT, "key": key, "shard": path.name, "crc": str(_table_crc({"rows": self.rows, "crc": self.crc}))}
         wrong = [name for name, value in expected.items() if metadata.get(name) != value]
-        if wrong or not len(self.rows) == len(self.crc) == self.shape[0]:
-            raise LatentError(f"{path} is damaged or of another cache: its {wrong[0] if wrong else 'number of windows'} does not fit; {AGAIN}")
+        if wrong or kind != "F32" or not (self.rows.ndim, self.crc.ndim, len(self.shape)) == (2, 1, 5) or not len(self.rows) == len(self.crc) == self.shape[0]:
+            raise LatentError(f"{path} is damaged or of another cache: its {wrong[0] if wrong else 'number or kind of windows'} does not fit; {AGAIN}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -306,13 +312,16 @@ class Cache:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise LatentError(_what_differs(self.folder.parent, self.settings))
+        lines = differences(_settings_in(path), self.settings)
+        if lines:
+            raise LatentError(f"{path} does not say what its folder is named after: {'; '.join(lines)}; delete the file and {AGAIN}")
         if _read_json(path).get("complete") is not True:
             raise LatentError(f"{self.folder} is not finished ({len(list(self.folder.glob('episode-*')))} files so far); {AGAIN}")
 
 
 def _what_differs(directory: Path, settings: Settings) -> str:
     """Why no cache in a directory will do."""
-    others = [(path, _read_json(path).get("settings") or {}) for path in sorted(directory.glob(f"*/{MANIFEST}"))]
+    others = [(path, _settings_in(path)) for path in sorted(directory.glob(f"*/{MANIFEST}"))]
     if not others:
         return f"data.latents: {directory} holds no encoded windows; make them with `wam cache` and this config, or set data.latents=null"
     path, lines = min(((path, differences(found, settings)) for path, found in others), key=lambda other: len(other[1]))
@@ -332,14 +341,21 @@ def _flat(tree: Settings, before: str = "") -> dict[str, Any]:
     return out
 
 
+def _settings_in(path: Path) -> Settings:
+    settings = _read_json(path).get("settings")
+    if not isinstance(settings, dict):
+        raise LatentError(f"{path} has the settings {show(settings)}; delete its folder and {AGAIN}")
+    return settings
+
+
 def _short(value: Any) -> str:
-    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
+    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else show(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LatentError(f"{path} is not valid JSON ({error}); delete it and {AGAIN}") from error
     if not isinstance(tree, dict):
         raise LatentError(f"{path} holds a {type(tree).__name__}; delete it and {AGAIN}")

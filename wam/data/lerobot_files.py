@@ -86,9 +86,18 @@ def read_json(path: Path) -> Any:
     """
     _require_file(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not valid JSON ({error}); copy or record the dataset again") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a key that stands in it twice, JSON would take the last, silently."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands in an object twice")
+    return content
 
 
 def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -109,7 +118,7 @@ def read_json_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DatasetError(f"{path}, line {number} of {len(lines)} is not valid JSON ({error}); copy or record the dataset again") from error
         missing = [key for key in keys if key not in row] if isinstance(row, dict) else list(keys)
         if missing:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wam.config_tree import show
 from wam.data.lerobot_files import DatasetError, Feature, is_count, read_json
 
 DEFAULT_COLUMNS = {"state": "observation.state", "action": "action", "video": "observation.images.{name}", "annotation": "annotation.{name}"}
@@ -61,14 +62,15 @@ def read_modality(root: Path, features: dict[str, Feature]) -> Modality:
         raise DatasetError(f"{path} holds {found}; expected an object with sections among {', '.join(DEFAULT_COLUMNS)}")
     for section, entries in content.items():
         if not isinstance(entries, dict):
-            raise DatasetError(f"{path}: {section} is {entries!r}; expected an object of names")
+            raise DatasetError(f"{path}: {section} is {show(entries)}; expected an object of names")
         for name, entry in entries.items():
             key = f"{section}.{name}"
             if not isinstance(entry, dict):
-                raise DatasetError(f"{path}: {key} is {entry!r}; expected an object, such as {{}} or one with start and end")
-            column = entry.get("original_key") or DEFAULT_COLUMNS[section].format(name=name)
+                raise DatasetError(f"{path}: {key} is {show(entry)}; expected an object, such as {{}} or one with start and end")
+            said = entry.get("original_key")
+            column = DEFAULT_COLUMNS[section].format(name=name) if said is None else said
             if not isinstance(column, str) or column not in features:
-                raise DatasetError(f"{path}: {key} stands for {column!r}, which meta/info.json does not list; correct its original_key")
+                raise DatasetError(f"{path}: {key} stands for {show(column)}, which meta/info.json does not list; correct its original_key")
             if key in features and key != column:
                 raise DatasetError(f"{path}: {key} is {column!r} here, and a column of its own in meta/info.json; give the group another name")
             _READ[section](path, modality, key, entry, column, features[column])
@@ -87,7 +89,7 @@ def read_embodiment(root: Path) -> str | None:
     content = read_json(path)
     tag = content.get("embodiment_tag") if isinstance(content, dict) else None
     if not isinstance(tag, str) or not tag:
-        raise DatasetError(f"{path} holds {content!r}; expected {{'embodiment_tag': NAME}}")
+        raise DatasetError(f"{path} holds {show(content)}; expected {{'embodiment_tag': NAME}}")
     return tag
 
 
@@ -96,14 +98,14 @@ def _read_group(path: Path, modality: Modality, key: str, entry: dict[str, Any],
         raise DatasetError(f"{path}: {key} stands for {column!r}, which is {feature.dtype} of shape {feature.shape}; expected a vector of numbers")
     start, stop, width = entry.get("start"), entry.get("end"), feature.shape[0]
     if not is_count(start) or not is_count(stop) or not 0 <= start < stop <= width:
-        raise DatasetError(f"{path}: {key} is the slice {start!r}..{stop!r} of {column!r}, which has {width} dimensions; expected 0 <= start < end <= {width}")
+        raise DatasetError(f"{path}: {key} is the slice {show(start)}..{show(stop)} of {column!r}, which has {width} dimensions; expected 0 <= start < end <= {width}")
     if key == column and (start, stop) != (0, width):
         raise DatasetError(
             f"{path}: {key} is the slice {start}..{stop} here, and a column of {width} dimensions in meta/info.json; give the group another name"
         )
     absolute = entry.get("absolute", True)
     if not isinstance(absolute, bool):
-        raise DatasetError(f"{path}: absolute of {key} is {absolute!r}; expected true or false")
+        raise DatasetError(f"{path}: absolute of {key} is {show(absolute)}; expected true or false")
     modality.groups[key] = Group(column, start, stop, absolute, entry.get("rotation_type"))
 
 

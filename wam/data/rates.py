@@ -23,6 +23,7 @@ from wam.data.lerobot import DatasetError
 from wam.data.units import Units
 from wam.data.windows import rows_held
 
+MOST_PACE = 1e6  # rows a control step, or control steps a row: beyond, one of the two rates is a mistake
 SUMMED = ("none", "euler", "axis_angle")  # forms of small turns that add up, to first order; a quaternion's numbers do not
 
 
@@ -33,6 +34,8 @@ def pace_of(fps: float, data: DataConfig, timeline: TimelineConfig) -> float:
         DatasetError: the model sees more frames a second than there are.
     """
     rate = fps if data.control_hz is None else data.control_hz
+    if not 1 / MOST_PACE <= fps / rate <= MOST_PACE:
+        raise DatasetError(f"{data.root} has {fps:g} frames a second, and data.control_hz is {rate:g}; they may differ by a factor of {MOST_PACE:g} at most: correct data.control_hz, or fps in meta/info.json")
     pace = fps / rate
     for whole in (round(pace), 1 / max(1, round(1 / pace))):
         if whole and abs(pace - whole) < 1e-6 * whole:

@@ -22,6 +22,7 @@ from functools import cached_property
 import numpy as np
 
 from wam.config import DataConfig, EmbodimentConfig, GroupConfig, TimelineConfig
+from wam.config_robot import overlap
 from wam.data.lerobot import DatasetError, LeRobotDataset
 from wam.data.normalize import Method, Normalizer, Statistics, statistics
 from wam.data.rotations import from_matrix, to_matrix
@@ -142,6 +143,10 @@ class Units:
             for part in parts:
                 for column in dict.fromkeys((part.column, part.executed)):
                     self._check_part(source, what, part, column)
+            for column in ("column", "executed"):
+                both = overlap(_place(source, part, getattr(part, column)) for part in parts)
+                if both is not None:
+                    raise DatasetError(f"{source.root}: {what} {both}, by its names in meta/modality.json; correct the column, start or size of one of them, in the robot's card or there")
 
     def rows(self, source: LeRobotDataset, episode: int) -> dict[str, np.ndarray]:
         """The raw columns of an episode: "state", "action" and "executed", (length, d) float32 each.
@@ -275,6 +280,13 @@ def _parts(robot: EmbodimentConfig, what: str, columns: tuple[str, str], method:
         parts.append(Part(g.name, column, executed, g.start, *where, origin, g.rotation, g.seen_as, form, g.normalization or method))
         raw, seen = raw + g.size, seen + g.network_size
     return tuple(parts)
+
+
+def _place(source: LeRobotDataset, part: Part, column: str) -> tuple[str, int, int, str]:
+    """A part in a column of the files, whatever meta/modality.json calls it: (column, first, stop, name)."""
+    named = source.modality.groups.get(column)
+    real, shift = (column, 0) if named is None else (named.column, named.start)
+    return real, shift + part.start, shift + part.stop, part.name
 
 
 def _read(source: LeRobotDataset, episode: int, part: Part, column: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import av
 import numpy as np
@@ -28,6 +29,7 @@ from wam.pretrained import META
 MOST_LAG = 0.6  # seconds in which a shift is looked for, at most a quarter of the shortest episode
 AGREES, GAIN = 0.2, 0.05  # least correlation at the best shift, and how much better than no shift it must be
 WINDOW, LEAST_WINDOW = 0.2, 9  # of the running mean: seconds, and rows where these are fewer
+MOST_FILES = 2000  # videos whose index is looked at; of more, about as many evenly over all
 MOST_EPISODES = 2 / 3  # share of the episodes that must be better off with the shift
 
 
@@ -159,9 +161,20 @@ def rates(evidence: Evidence) -> list[Finding]:
                     "resample the recording: the model has one clock",
                 )
             )
-    for camera in evidence.clips:
-        path = evidence.dataset.episodes[evidence.clips[camera][0].episode].videos[camera].path
-        rate = _video_rate(path)
+    files = sorted({path: count for camera in evidence.clips for path, count in evidence.dataset.frames_needed(camera).items()}.items())
+    for path, needed in files[:: max(1, len(files) // MOST_FILES)]:
+        rate, frames = _video_rate(path) if path.is_file() else (None, 0)
+        if frames > needed:  # fewer are an error of reading
+            found.append(
+                Finding(
+                    "warning",
+                    "rates",
+                    str(path),
+                    f"{frames} frames",
+                    f"{needed}: one for every row of the episodes in it",
+                    "see whether the file belongs to other episodes, or copy or record them again",
+                )
+            )
         if rate is not None and abs(rate / fps - 1) > 0.01:
             found.append(
                 Finding(
@@ -201,10 +214,14 @@ def rates(evidence: Evidence) -> list[Finding]:
     return found
 
 
-def _video_rate(path: object) -> float | None:
-    with av.open(str(path)) as container:
-        rate = container.streams.video[0].average_rate
-    return float(rate) if rate else None
+def _video_rate(path: Path) -> tuple[float | None, int]:
+    """Frames a second and frames, as the file's index says; None and 0 where it does not, or cannot be read, which reading it reports."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            return (float(stream.average_rate) if stream.average_rate else None), stream.frames
+    except (av.error.FFmpegError, IndexError):
+        return None, 0
 
 
 def windows(evidence: Evidence) -> list[Finding]:
