@@ -20,6 +20,7 @@ short spans are to be padded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -29,6 +30,7 @@ import numpy as np
 from wam.config import TimelineConfig
 
 Short = Literal["skip", "pad", "refuse"]
+BEYOND = 2**40  # rows: no span has as many, and sums with it stay whole
 HALF = 0.5 + 1e-9  # a step halfway between two rows takes the later, whatever floating point makes of it
 
 
@@ -89,8 +91,8 @@ def rows_held(pace: float) -> int:
 
 
 def block_rows(timeline: TimelineConfig, pace: float = 1.0) -> int:
-    """Rows from a block's first to the next block's first."""
-    return int(rows_at(timeline.actions_per_block, pace))
+    """Rows from a block's first to the next block's first; `BEYOND` where they are more than any file has."""
+    return int(min(math.floor(timeline.actions_per_block * pace + HALF), BEYOND))
 
 
 def count_starts(length: int, timeline: TimelineConfig, pace: float = 1.0) -> int:
