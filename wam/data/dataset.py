@@ -436,11 +436,11 @@ def _padded(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 def _canvas(source: LeRobotDataset, data: DataConfig, image_size: tuple[int, int] | None) -> Canvas:
     """The config's canvas; without a size, that of the first camera in every cell."""
+    if data.contents == "action":
+        return Canvas.of(data, image_size) if image_size else Canvas(data.layout, len(data.cameras), grid_of(data.layout, len(data.cameras)))
+    shapes = [source.camera(camera).shape for camera in data.cameras]  # unknown cameras are named here
     if image_size is not None:
         return Canvas.of(data, image_size)
-    if data.contents == "action":
-        return Canvas(data.layout, len(data.cameras), grid_of(data.layout, len(data.cameras)))
-    shapes = [source.camera(camera).shape for camera in data.cameras]
     height, width = shapes[0][:2]
     rows, columns = grid_of(data.layout, len(data.cameras))
     return Canvas(data.layout, len(data.cameras), (rows * height, columns * width), data.augment.crop)
