@@ -101,7 +101,7 @@ class PolicyServer:
             compression=None,
             max_size=o.limits.message_bytes,
             max_queue=2,
-            open_timeout=10,
+            open_timeout=30,
             ping_interval=20,
             ping_timeout=20,
             close_timeout=2,
