@@ -37,7 +37,7 @@ CHECKS = (
     Check("gripper", "a switch and its state keep one polarity", columns.gripper),
     Check("quaternions", "rotations do not jump from q to -q", columns.quaternions),
     Check("language", "instructions say something", metadata.language),
-    Check("rates", "timestamps, videos and checkpoint have the dataset's rate", timing.rates),
+    Check("rates", "timestamps, videos and checkpoint have the dataset's rate, and videos no frames that no row shows", timing.rates),
     Check("windows", "episodes hold a window", timing.windows),
     Check("statistics", "stored statistics are those of the data", metadata.statistics),
     Check("lora_base", "adapters belong to the backbone that is named", metadata.lora_base),
