@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ class DeepSpeedEngine(ManyEngine):
     def prepare(self, model: Any, supervised: nn.Module, config: Config) -> None:
         """Hand the module and the optimiser to DeepSpeed, and see that it took them."""
         super().prepare(model, supervised, config)
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # of DeepSpeed's own calls
         self.deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         engine, *_ = self.deepspeed.initialize(model=supervised, optimizer=self.optimizer, config=filled(self.tree, config, self.world), dist_init_required=False)
         if not isinstance(engine, self.deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() != self.stage or engine.dp_world_size != self.world:

@@ -64,8 +64,9 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
         relations.mode(mode)  # an unknown one, and one that leaks in this table, shows before anything is read
     torch.manual_seed(config.training.seed)
     data = training_data(config)
-    log.info("trained on:\n%s", data.table(config.training.steps, config.training.batch_size))
     engine = Engine.of(config)
+    if engine.is_main:
+        log.info("trained on:\n%s", data.table(config.training.steps, config.training.batch_size))
     with watching(engine, config.training.engine.timeout_minutes * 60) as watch:
         checkpoint = _train(config, output, resume, data, engine, watch)
     engine.close()
@@ -75,6 +76,8 @@ def train(config: Config, output: Path, resume: bool = True) -> Path:
 def _train(config: Config, output: Path, resume: bool, data: TrainingData, engine: Engine, watch: Watch) -> Path:
     prepare_folder(output, engine, not resume)
     going_on = newest_step(output, engine)
+    if engine.is_main and going_on is not None:
+        log.info("going on from step %d of %s", going_on, output)
     codec, image = codec_for(config, data).to(engine.device), make_image(config)
     model = build_model(config, str(engine.build_device), text_for(config, data))
     freeze(config, model)
