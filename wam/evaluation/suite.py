@@ -9,6 +9,7 @@ suite goes on with the first task that is not whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from wam.evaluation.rollout import rollout
 from wam.evaluation.statistics import hierarchical_interval
 from wam.files import write_json_atomic, write_text_atomic
 
+log = logging.getLogger(__name__)
 FORMAT = "wam-suite-1"
 MT10 = (
     "reach-v3",
@@ -64,6 +66,7 @@ def rollout_suite(checkpoint: Path, config: RolloutConfig, output: Path) -> dict
     output = Path(output)
     tasks = {}
     for env in tasks_of(config.env):
+        log.info("%s", env)
         tasks[env] = rollout(checkpoint, replace(config, env=env), output / env.rsplit("/", 1)[-1])
         results = {"format": FORMAT, "suite": config.env, "modes": {mode: _over_tasks(tasks, mode) for mode in config.modes}}
         write_json_atomic(output / "suite.json", results)
