@@ -8,7 +8,7 @@ from tiny import SMALL
 
 from wam.cli import main
 from wam.config import Config, load_config
-from wam.evaluation.bench.run import BenchError
+from wam.evaluation.bench.report import BenchError
 from wam.evaluation.bench.train import ENGINES, KINDS, PHASES, Measured, MemoryRow, TrainOptions, TrainReport, bench_train, expected_bytes
 
 SAMPLE = Path(__file__).parents[1] / "data" / "metaworld_sample"

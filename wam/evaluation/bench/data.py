@@ -22,11 +22,9 @@ from wam.config import DataConfig, TimelineConfig
 from wam.data.lerobot import LeRobotDataset
 from wam.evaluation.bench.data_make import SHAPES, make_dataset
 from wam.evaluation.bench.data_sides import DECORD, LATENTS, LEROBOT, LEROBOT_REMEDY, MEMORY, OURS, SIDES, Case, LeRobot, Side, Taken, interleave
-from wam.evaluation.bench.report import Report, Table, facts, summary
+from wam.evaluation.bench.report import Output, Report, Table, deliver, facts
 from wam.evaluation.bench.rows import Comparison, Row
-from wam.evaluation.bench.run import BenchError
 from wam.evaluation.bench.timing import Times
-from wam.files import write_json_atomic
 
 RATES = ("dataset", "workers", "side", "samples/s", "frames/s", "slowest to fastest", "CPU ms a sample", "note")
 CLAIMS = (  # ours, theirs, the largest ratio of times: twice as many samples as LeRobot (encoded, ten times), and four fifths of decord's frames
@@ -39,7 +37,7 @@ LEAST = 0.3  # seconds that a side reads in one turn
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Output):
     """As the command line says.
 
     Attributes:
@@ -47,7 +45,6 @@ class DataOptions:
         shapes: datasets that are made.
         make: where to; None: a folder that is removed again.
         workers: loader processes, each number by itself.
-        threads: of torch, in every process on every side.
     """
 
     data: tuple[Path, ...] = ()
@@ -56,13 +53,8 @@ class DataOptions:
     lerobot_python: Path | None = None
     workers: tuple[int, ...] = (0, 2)
     batch: int = 8
-    threads: int = 1
     repeats: int = 5
     quick: bool = False
-    check: bool = False
-    json: Path | None = None
-    markdown: bool = False
-    command: str = "wam bench data"
 
 
 @dataclass(frozen=True)
@@ -147,13 +139,7 @@ def bench_data(options: DataOptions) -> DataReport:
         torch.set_num_threads(before)
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-    print(report.markdown() if options.markdown else report.text())
-    print(f"\n{summary(report)}")
-    if options.json is not None:
-        write_json_atomic(options.json, report.to_dict())
-        print(f"wrote {options.json}")
-    if options.check and report.failed:
-        raise BenchError(summary(report))
+    deliver(report, options)
     return report
 
 

@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,36 @@ import torch
 from wam import __version__
 from wam.evaluation.bench.rows import Comparison, Count, Row, Stage
 from wam.evaluation.bench.timing import Times
+from wam.files import write_json_atomic
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 COMPARISONS = ("what", "at", "ours", "theirs", "ratio", "of minima", "limit", "holds")
 STAGES = ("stage", "at", "median ms", "minimum ms", "TFLOP", "of matmul rate", "note")
 COUNTS = ("computed", "in", "times", "limit", "holds")
 Table = list[tuple[str, ...]]
+
+
+class BenchError(RuntimeError):
+    """Some limit does not hold, or a measurement failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What every bench is told besides what it measures.
+
+    Attributes:
+        threads: of torch, in every process; one makes process time mean the most.
+        check: fail where a limit does not hold.
+        json: where every number goes.
+        markdown: print tables for a document.
+        command: what was typed, for the report to say.
+    """
+
+    threads: int = 1
+    check: bool = False
+    json: Path | None = None
+    markdown: bool = False
+    command: str = "wam bench"
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,12 @@ class Report:
             [STAGES, *(_stage(r) for r in self.rows if isinstance(r, Stage))],
         ]
         return [table for table in found if len(table) > 1]
+
+    def summary(self) -> str:
+        """The last line."""
+        limited = [row for row in self.rows if not isinstance(row, Stage)]
+        failed = self.failed
+        return f"{len(limited) - len(failed)} of {len(limited)} limits hold" + (f"; not: {', '.join(f'{row.name} ({row.setting})' for row in failed)}" if failed else "")
 
     def text(self) -> str:
         """For a terminal."""
@@ -138,8 +167,16 @@ def _markdown(table: Table) -> str:
     return "\n".join([head, "|" + "---|" * len(table[0]), *rows])
 
 
-def summary(report: Report) -> str:
-    """The last line."""
-    limited: Sequence[Row] = [row for row in report.rows if not isinstance(row, Stage)]
-    failed = report.failed
-    return f"{len(limited) - len(failed)} of {len(limited)} limits hold" + (f"; not: {', '.join(f'{row.name} ({row.setting})' for row in failed)}" if failed else "")
+def deliver(report: Report, output: Output) -> None:
+    """Print a report, and write it where that is asked for.
+
+    Raises:
+        BenchError: with `check`, a limit that does not hold; after everything was printed and written.
+    """
+    print(report.markdown() if output.markdown else report.text())
+    print(f"\n{report.summary()}")
+    if output.json is not None:
+        write_json_atomic(output.json, report.to_dict())
+        print(f"wrote {output.json}")
+    if output.check and report.failed:
+        raise BenchError(report.summary())

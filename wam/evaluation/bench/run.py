@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -20,10 +19,9 @@ from wam.config import Config
 from wam.evaluation.bench.compare import Bench, compare_chunks, compare_skip, compare_step, compare_training
 from wam.evaluation.bench.counts import count_recomputation
 from wam.evaluation.bench.device import bench_chunk, bench_training, matmul_rate
-from wam.evaluation.bench.report import Report, facts, summary
+from wam.evaluation.bench.report import Output, Report, deliver, facts
 from wam.evaluation.bench.rows import Row, Stage
 from wam.evaluation.bench.subject import NAMED, size_config
-from wam.files import write_json_atomic
 from wam.model.attention import Backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,32 +32,21 @@ ROBOTS = (1, 4)  # plans side by side: for one, products of 24 rows wait for wei
 EXPERT_FROM = 1024  # the width from which an expert of a third is measured too
 
 
-class BenchError(RuntimeError):
-    """Some limit does not hold."""
-
-
 @dataclass(frozen=True)
-class Options:
+class Options(Output):
     """As the command line says.
 
     Attributes:
         sizes: widths and names; empty: what the device is for.
         dtype: default: float32 on a CPU, bfloat16 on a GPU.
-        threads: of a CPU; one makes process time mean the most.
         quick: few repeats and short sessions, to see that all runs.
-        check: fail where a limit does not hold.
     """
 
     device: str = "cpu"
     sizes: tuple[str, ...] = ()
     dtype: str | None = None
-    threads: int = 1
     repeats: int = 9
     quick: bool = False
-    check: bool = False
-    json: Path | None = None
-    markdown: bool = False
-    command: str = "wam bench model"
 
 
 @dataclass(frozen=True)
@@ -86,13 +73,7 @@ def bench_model(options: Options) -> Report:
         report = Report(tuple(rows), facts(options.command, bench.device, bench.dtype, bench.repeats))
     finally:
         torch.set_num_threads(before)
-    print(report.markdown() if options.markdown else report.text())
-    print(f"\n{summary(report)}")
-    if options.json is not None:
-        write_json_atomic(options.json, report.to_dict())
-        print(f"wrote {options.json}")
-    if options.check and report.failed:
-        raise BenchError(summary(report))
+    deliver(report, options)
     return report
 
 

@@ -37,8 +37,7 @@ from tqdm import tqdm
 
 from wam.config import Config, to_dict
 from wam.config_training import EngineConfig
-from wam.evaluation.bench.report import Report, Table, facts
-from wam.evaluation.bench.run import BenchError
+from wam.evaluation.bench.report import BenchError, Output, Report, Table, deliver, facts
 from wam.files import write_json_atomic
 
 MANY = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -58,7 +57,7 @@ MEMORY_HEAD = ("engine", "what", "MB in each process", "by arithmetic", "ratio",
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(Output):
     """As the command line says.
 
     Attributes:
@@ -72,11 +71,6 @@ class TrainOptions:
     engines: tuple[str, ...] = ENGINES
     processes: int = 2
     steps: int = 9
-    threads: int = 1
-    check: bool = False
-    json: Path | None = None
-    markdown: bool = False
-    command: str = "wam bench train"
 
 
 @dataclass(frozen=True)
@@ -143,6 +137,10 @@ class TrainReport(Report):
         """Memory that is not what the arithmetic says."""
         return [row for row in self.memory if not row.holds]
 
+    def summary(self) -> str:
+        """The last line."""
+        return f"{len(self.memory) - len(self.failed)} of {len(self.memory)} kinds of memory are what arithmetic says"
+
     def communication(self, measured: Measured) -> float | None:
         """Seconds that a step takes longer than the same processes' that do not talk; None of those themselves."""
         alone = next((m for m in self.measured if m.engine == "alone"), None)
@@ -194,14 +192,7 @@ def bench_train(options: TrainOptions) -> TrainReport:
     where = facts(options.command, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32, options.steps)
     where["machine"] |= {"threads": options.threads}
     report = TrainReport((), {**where, "batch": options.config.training.batch_size}, measured)
-    print(report.markdown() if options.markdown else report.text())
-    said = f"{len(report.memory) - len(report.failed)} of {len(report.memory)} kinds of memory are what arithmetic says"
-    print(f"\n{said}")
-    if options.json is not None:
-        write_json_atomic(options.json, report.to_dict())
-        print(f"wrote {options.json}")
-    if options.check and report.failed:
-        raise BenchError(said)
+    deliver(report, options)
     return report
 
 
