@@ -132,7 +132,12 @@ def in_step(evidence: Evidence) -> list[Finding]:
 
 def rates(evidence: Evidence) -> list[Finding]:
     """Rows a second: what the dataset says, its timestamps, its videos, and the checkpoint that training goes on from."""
-    fps, found = evidence.dataset.fps, []
+    return [*_timestamp_rates(evidence), *_video_rates(evidence), *_model_rates(evidence)]
+
+
+def _timestamp_rates(evidence: Evidence) -> list[Finding]:
+    """Whether rows are as far apart as the dataset says."""
+    fps, found = evidence.dataset.fps, list[Finding]()
     steps = [np.diff(rows[:, 0]) for rows in evidence.rows.get(TIMESTAMP, []) if len(rows) > 1]
     if steps:
         gaps = np.concatenate(steps)
@@ -161,6 +166,12 @@ def rates(evidence: Evidence) -> list[Finding]:
                     "resample the recording: the model has one clock",
                 )
             )
+    return found
+
+
+def _video_rates(evidence: Evidence) -> list[Finding]:
+    """Whether videos have a frame for every row, at the dataset's rate."""
+    fps, found = evidence.dataset.fps, list[Finding]()
     files = sorted({path: count for camera in evidence.clips for path, count in evidence.dataset.frames_needed(camera).items()}.items())
     for path, needed in files[:: max(1, len(files) // MOST_FILES)]:
         rate, frames = _video_rate(path) if path.is_file() else (None, 0)
@@ -186,6 +197,12 @@ def rates(evidence: Evidence) -> list[Finding]:
                     "encode the videos at the dataset's rate, or correct fps",
                 )
             )
+    return found
+
+
+def _model_rates(evidence: Evidence) -> list[Finding]:
+    """How long blocks and windows are in seconds, and whether a checkpoint was trained at this rate."""
+    fps, found = evidence.dataset.fps, list[Finding]()
     clock = evidence.config.data.control_hz or fps  # control steps a second of the model
     meta = read_json(evidence.checkpoint / META) if evidence.checkpoint else None
     if meta and meta.get("control_hz") and abs(float(meta["control_hz"]) / clock - 1) > 0.01:
