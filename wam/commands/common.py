@@ -58,23 +58,28 @@ def beside(checkpoint: Path, name: str) -> Path:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
+    """`--config`, and overrides of any section."""
     parser.add_argument("--config", metavar="PATH", type=Path, default=DEFAULT_CONFIG, help=f"YAML config (default: {DEFAULT_CONFIG})")
     add_overrides(parser, "section.key=value", "change a setting, e.g. training.steps=200 timeline.blocks=4")
 
 
 def add_overrides(parser: argparse.ArgumentParser, shape: str, about: str) -> None:
+    """Settings as `key=value`, wherever they stand."""
     parser.add_argument("overrides", nargs="*", metavar=shape, help=about)
 
 
 def add_output(parser: argparse.ArgumentParser, about: str) -> None:
+    """`--output`."""
     parser.add_argument("--output", metavar="DIR", type=Path, help=about)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """`--checkpoint`, which is needed."""
     parser.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="a checkpoint directory written by `wam train`")
 
 
 def positive(text: str) -> int:
+    """A whole number above 0."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError("expected a whole number, at least 1")
     return int(text)
