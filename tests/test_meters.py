@@ -126,6 +126,18 @@ class _Bar:
     def close(self) -> None: ...
 
 
+@pytest.mark.parametrize(("small", "sizes"), [(1e11, [128, 1024]), (1e8, [128])])
+def test_a_product_that_would_take_seconds_is_not_timed_at_full_size(small: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def product(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
+        asked.append(size)
+        return small
+
+    monkeypatch.setattr(rates, "_best_product", product)
+    assert rates._measure(CPU, torch.bfloat16) == small and asked == sizes
+
+
 def test_a_summary_adds_up_processes_and_tells_apart_what_is_no_training(tmp_path: Path) -> None:
     config = tiny_config("training.modes={skip: 1}", "training.batch_size=8")
     rate = rates.Rate("cpu", "torch.float32", 1, measured=1e9, published=2e9)
