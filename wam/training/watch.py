@@ -37,6 +37,7 @@ from wam.training.guards import Unstable
 log = logging.getLogger(__name__)
 EXIT_STOPPED = 70  # of a process whose watch ended it
 AGAIN = "start the run again with the same command, it goes on from its last state"
+PATIENCE = 20.0  # seconds that process 0 stays for the others to read what is wrong, or to end
 SILENCE = 60.0  # seconds without a sign of life after which a process counts as gone
 
 
@@ -165,11 +166,17 @@ class Watch:
             return
         if self._state == "running":
             self._say("done", "")
-        end = time.monotonic() + (10 if self._state == "done" else 4 * self.pause)
-        while self.rank == 0 and time.monotonic() < end and any(beat.state == "running" for rank, beat in self._beats.items() if rank):
+        end = time.monotonic() + PATIENCE
+        while self.rank == 0 and time.monotonic() < end and not self._all_know():
             time.sleep(self.pause / 4)
         self._end.set()
         self._thread.join(10)
+
+    def _all_know(self) -> bool:
+        """Whether every other process has ended, or has read what is wrong: only then may the store go."""
+        with self._lock:
+            others = [self._beats.get(rank) for rank in range(1, self.world)]
+        return all((beat is not None and beat.state != "running") or self._store.check([f"read/{rank}"]) for rank, beat in enumerate(others, start=1))
 
     # -------------------------------------------------------------------------------------------- the thread
 
@@ -201,12 +208,15 @@ class Watch:
     def _judge(self) -> str:
         """What is wrong, as process 0 sees it; nothing where nothing is."""
         if self.rank:
-            return self._store.get("verdict").decode() if self._store.check(["verdict"]) else ""
+            if not self._store.check(["verdict"]):
+                return ""
+            self._store.set(f"read/{self.rank}", "yes")
+            return self._store.get("verdict").decode()
         found = self._verdict(self.silence) or ""
         if found and self._state != "done":
             self._told = found
             self._store.set("verdict", found)
-            self._end.wait(2 * self.pause)  # the others read it before the store ends with this process
+            self._end.wait(2 * self.pause)  # the others read it before this process ends itself, and the store with it
         return found
 
     def _stop(self, why: str) -> None:
