@@ -16,8 +16,12 @@ from typing import Any
 
 import yaml
 
+from wam.config_check import CheckConfig
 from wam.config_data import DataConfig, grid_of
+from wam.config_disturbances import DisturbanceConfig
+from wam.config_execution import ExecutionConfig
 from wam.config_model import CodecConfig, ImageConfig, LoraConfig, ModelConfig, RelationsConfig, SamplingConfig, TextConfig, TimelineConfig
+from wam.config_planner import PlannerConfig
 from wam.config_robot import EmbodimentConfig, GroupConfig
 from wam.config_time import seconds_to_steps
 from wam.config_training import HistoryLevelsConfig, LevelsConfig, NoiseConfig, TrainingConfig, VideoLevelsConfig
@@ -28,12 +32,15 @@ from wam.presets import get_preset
 from wam.robots import lay_cards
 
 __all__ = [
+    "CheckConfig",
     "CodecConfig",
     "CollectConfig",
     "Config",
     "ConfigError",
     "DataConfig",
+    "DisturbanceConfig",
     "EmbodimentConfig",
+    "ExecutionConfig",
     "GroupConfig",
     "HistoryLevelsConfig",
     "ImageConfig",
@@ -42,6 +49,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "NoiseConfig",
+    "PlannerConfig",
     "RelationsConfig",
     "RolloutConfig",
     "SamplingConfig",
@@ -97,6 +105,10 @@ class RolloutConfig:
     batch: int = 25  # episodes driven side by side
     workers: int = 2
     videos: int = 3  # episodes of each mode that are saved as mp4
+    execution: ExecutionConfig = ExecutionConfig()
+    check: CheckConfig = CheckConfig()
+    planner: PlannerConfig = PlannerConfig()
+    disturbances: DisturbanceConfig = DisturbanceConfig()
 
     def __post_init__(self) -> None:
         for name in ("episodes", "steps", "max_steps", "batch", "workers"):
