@@ -18,10 +18,29 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from wam.config_disturbances import DisturbanceConfig
 from wam.evaluation.gl import choose_backend, require_modules
 
 Frames = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that was done to an episode on purpose (`wam.evaluation.disturbances`).
+
+    Attributes:
+        kind: e.g. `object_moved`.
+        step: control steps executed before it; 0 is before the first action.
+        size: how much, in `unit`.
+        lasts: control steps that it goes on for; 0 is a single blow, what never ends lasts for the episode's `max_steps`.
+    """
+
+    kind: str
+    step: int
+    size: float
+    unit: str
+    lasts: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +49,8 @@ class Observation:
 
     frames: Frames  # (1, H, W, 3), upright
     state: Floats  # (Ds,)
+    instruction: str | None = None  # this episode's, where it is another than the environment's
+    events: tuple[Event, ...] = ()  # that were in force from the start
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,7 @@ class StepResult:
     rewards: Floats  # (n,)
     success: npt.NDArray[np.bool_]  # (n,); only the last can be true
     done: bool  # the episode is over: it succeeded, or its steps are used up
+    events: tuple[Event, ...] = ()  # that began in this stretch
 
 
 class Environment(Protocol):
@@ -72,15 +94,16 @@ class Environment(Protocol):
         ...
 
 
-def make_env(name: str, **settings: Any) -> Environment:
+def make_env(name: str, *, disturbances: DisturbanceConfig | None = None, **settings: Any) -> Environment:
     """Make an environment from `<suite>/<task>`, e.g. `metaworld/drawer-open-v3`.
 
     Args:
         name: suite and task.
+        disturbances: what goes wrong on purpose; none, or no kinds: the environment as it is.
         settings: the environment's own arguments, e.g. `camera`, `image_size`, `max_steps`.
 
     Raises:
-        ValueError: no such suite or task; names the nearest.
+        ValueError: no such suite or task, names the nearest; or a disturbance that the environment cannot do, lists which it can.
         ImportError: the simulator is not installed; names the extra to install.
         RenderError: the machine cannot render offscreen.
     """
@@ -88,7 +111,12 @@ def make_env(name: str, **settings: Any) -> Environment:
     if suite not in SUITES:
         known = f"suites: {', '.join(SUITES)}; write <suite>/<task>, e.g. metaworld/drawer-open-v3"
         raise ValueError(f"environment {name!r} names no known suite{_nearest(suite, SUITES)}; {known}")
-    return SUITES[suite](task, settings)
+    env = SUITES[suite](task, settings)
+    if disturbances is None or not disturbances.kinds:
+        return env
+    from wam.evaluation.disturbances import Disturbed
+
+    return Disturbed(env, disturbances)
 
 
 def require_simulator() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wam.evaluation.environments import Environment, Floats, Frames, Observation, StepResult, make_env
+from wam.evaluation.environments import Environment, Event, Floats, Frames, Observation, StepResult, make_env
 from wam.evaluation.workers import WorkerError, Workers
 
 
@@ -30,6 +30,8 @@ class Observations:
 
     frames: Frames  # (n, 1, H, W, 3)
     states: Floats  # (n, Ds)
+    instructions: tuple[str, ...] = ()  # one an episode
+    events: tuple[tuple[Event, ...], ...] = ()  # of each episode, those in force from the start
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ class VectorEnv:
             raise ValueError(f"{len(seeds)} seeds for {self.n} rows; expected 1..{self.n}")
         self._seeds = {row: int(seed) for row, seed in enumerate(seeds)}
         first: list[Observation] = self._ask("reset", self._seeds)
-        return Observations(np.stack([o.frames for o in first]), np.stack([o.state for o in first]))
+        return Observations(
+            np.stack([o.frames for o in first]),
+            np.stack([o.state for o in first]),
+            tuple(o.instruction or self.instruction for o in first),
+            tuple(o.events for o in first),
+        )
 
     def run(self, actions: npt.NDArray[Any], rows: Sequence[int], frame_stride: int) -> list[StepResult]:
         """Execute a stretch of actions in some rows; a row stops at its success or its last step.
