@@ -14,7 +14,8 @@ gathered; where all see equally many, as robots do that have run for a while, at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,13 +58,28 @@ class Commit:
     actions: np.ndarray
 
 
+PlanWith = Callable[[Session, str, SamplingConfig, np.ndarray | None, np.ndarray | None], Plan]
+
+
 @dataclass(frozen=True)
 class Think:
-    """`Session.plan` in a mode, with the first actions decided already where `committed` (B, n, d) is given."""
+    """`Session.plan` in a mode.
+
+    Attributes:
+        committed: first actions of the block that are decided already (B, n, d).
+        promised: what an earlier plan had for the block's first steps (B, m, d), for a `plan_with` that looks at it.
+        actions: for `forward`, the actions whose outcome is imagined (B, A, d).
+        plan_with: makes the plan in place of `Session.plan`: called with (session, mode, sampling, committed, promised).
+        seeds: a seed for each row, from which the noise is drawn aside; None: the session's own generators go on.
+    """
 
     mode: str
     sampling: SamplingConfig
     committed: np.ndarray | None = None
+    promised: np.ndarray | None = None
+    actions: np.ndarray | None = None
+    plan_with: PlanWith | None = None
+    seeds: tuple[int, ...] | None = None
 
 
 Call = Reset | Observe | Commit | Think
@@ -101,7 +117,8 @@ def _group(session: Session, call: Call, number: int) -> Any:
         return "observe", phase, shapes, call.state is None, alone
     if isinstance(call, Commit):
         return "commit", phase, shapes
-    return "plan", phase, shapes, call.mode, call.sampling, None if call.committed is None else call.committed.shape[1]
+    given = tuple(None if x is None else x.shape[1] for x in (call.committed, call.promised, call.actions))
+    return "plan", phase, shapes, call.mode, call.sampling, given, id(call.plan_with), call.seeds is None
 
 
 def _together(sessions: list[Session], calls: list[Call]) -> list[Plan | None]:
@@ -115,7 +132,10 @@ def _together(sessions: list[Session], calls: list[Call]) -> list[Plan | None]:
 
 def _apply(session: Session, call: Call) -> Plan | None:
     if isinstance(call, Think):
-        return session.plan(call.mode, call.sampling, committed=call.committed)
+        with _noise_from(session, call.seeds):
+            if call.plan_with is not None:
+                return call.plan_with(session, call.mode, call.sampling, call.committed, call.promised)
+            return session.plan(call.mode, call.sampling, actions=call.actions, committed=call.committed)
     if isinstance(call, Observe):
         session.observe(call.frames, call.state)
     elif isinstance(call, Commit):
@@ -123,6 +143,16 @@ def _apply(session: Session, call: Call) -> Plan | None:
     else:
         session.reset()
     return None
+
+
+@contextmanager
+def _noise_from(session: Session, seeds: tuple[int, ...] | None) -> Iterator[None]:
+    """A plan's noise from these seeds, the session's own generators left as they are."""
+    own = session.generators
+    if seeds is not None:
+        session.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    yield
+    session.generators = own
 
 
 def _stacked(calls: list[Call]) -> Call:
@@ -133,7 +163,10 @@ def _stacked(calls: list[Call]) -> Call:
     if isinstance(first, Commit):
         return Commit(np.concatenate([c.actions for c in calls if isinstance(c, Commit)]))
     assert isinstance(first, Think)
-    return replace(first, committed=_rows_of([c.committed for c in calls if isinstance(c, Think)]))
+    thoughts = [c for c in calls if isinstance(c, Think)]
+    stacked = {name: _rows_of([getattr(c, name) for c in thoughts]) for name in ("committed", "promised", "actions")}
+    seeds = None if first.seeds is None else tuple(seed for c in thoughts for seed in c.seeds or ())
+    return replace(first, seeds=seeds, **stacked)
 
 
 def _rows_of(arrays: list[np.ndarray | None]) -> np.ndarray | None:

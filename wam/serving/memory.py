@@ -1,36 +1,28 @@
-"""One robot as the server remembers it: frames by time, states, what was planned; and what is to be told to its session.
+"""One robot as the server remembers it: when messages were taken, what was planned, and so what was executed.
 
-    control steps   ...  b ................. b + A .............. now
-    frames seen          x   x   x  x    x   x   x   x  x    x    x        when they were taken, which need not be regular
-    picked               H   .   .   .   .   .   .   .   .   .   .         every `frame_stride` steps, the nearest in time
-    executed             | what plans sent, or what the client says |
+    request   timestamp, or its arrival, or the actions since the last one    ->  a control step
+              frames, each with its time                                      ->  `StepMemory`, which tells the session
+              executed, or else what the last plan had for these steps        ->  `StepMemory.executed`
 
-Training windows begin anywhere, so a memory may end at any moment: if a whole block has passed since the last plan, it is appended;
-if not, or if a frame of it is missing, as many whole blocks as are known are written anew so that they end now; at the least the newest
-frame alone, which is how every window begins.  So a client that sends one frame with each request and one that sends all of them get
-plans from a memory as it was in training, the second from a longer one.
-
-Times are control steps since the first observation.
+So a client that sends one frame with each request and one that sends all of them get plans from a memory as it was in training, the
+second from a longer one.  Times are control steps since the first observation.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from wam.inference.batch import Call, Commit, Observe, Reset
-from wam.inference.session import Session
+from wam.inference.memory import SAME, StepMemory
 from wam.serving.contract import Contract
 from wam.serving.errors import ServingError
 from wam.serving.messages import Request
-from wam.timeline import FIRST_BLOCK
 
 Clock = Literal["auto", "arrival", "steps"]
 APART = 0.25  # frame strides: of frames nearer to one another, the later is kept
-SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -64,20 +56,15 @@ class Sent:
     actions: np.ndarray
 
 
-@dataclass
-class RobotMemory:
+class RobotMemory(StepMemory):
     """What was seen of one robot; see the module's docstring."""
 
-    contract: Contract
-    rules: TimeRules
-    origin: float | None = None  # seconds, of step 0, on the client's clock or this server's
-    clock: str | None = None  # which of the two
-    now: int | None = None  # the newest observation's step
-    head: int | None = None  # the step at which the session stands
-    frames: deque[tuple[float, np.ndarray]] = field(default_factory=deque)
-    states: deque[tuple[float, np.ndarray]] = field(default_factory=deque)
-    executed: dict[int, np.ndarray] = field(default_factory=dict)  # by step
-    plans: deque[Sent] = field(default_factory=deque)
+    def __init__(self, contract: Contract, rules: TimeRules):
+        super().__init__(contract, rules.tolerance)
+        self.contract, self.rules = contract, rules
+        self.origin: float | None = None  # seconds, of step 0, on the client's clock or this server's
+        self.clock: str | None = None  # which of the two
+        self.plans: deque[Sent] = deque()
 
     # ------------------------------------------------------------------------------------------ seeing
 
@@ -104,7 +91,7 @@ class RobotMemory:
         if request.state is not None:
             self.states.append((float(now), request.state))
         self.now = now
-        self._forget()
+        self.forget()
         return now
 
     def _moment(self, request: Request, arrival: float) -> float:
@@ -151,7 +138,7 @@ class RobotMemory:
     def _note_executed(self, request: Request, elapsed: int) -> None:
         if self.now is None or request.gap:
             return
-        for step in range(self.now, self.now + min(elapsed, self._kept)):
+        for step in range(self.now, self.now + min(elapsed, self.kept)):
             action = request.executed[step - self.now] if request.executed is not None else self.planned(step)
             if action is not None:
                 self.executed[step] = action
@@ -163,98 +150,15 @@ class RobotMemory:
                 return sent.actions[step - sent.start]
         return None
 
-    @property
-    def _kept(self) -> int:
-        """Control steps that are remembered."""
-        return (self.contract.blocks + 1) * self.contract.horizon + self.contract.frame_stride
-
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of what no window reaches any more, and of plans that are over."""
+        super().forget()
         assert self.now is not None
-        oldest = self.now - self._kept
-        for queue in (self.frames, self.states):
-            while queue and queue[0][0] < oldest:
-                queue.popleft()
-        while len(self.states) > 4 * self._kept:
-            self.states.popleft()
-        self.executed = {step: action for step, action in self.executed.items() if step >= oldest}
-        while self.plans and self.plans[0].start + len(self.plans[0].actions) < oldest:
+        while self.plans and self.plans[0].start + len(self.plans[0].actions) < self.now - self.kept:
             self.plans.popleft()
 
     def restart(self) -> None:
         """Forget everything seen; nothing of before is on the clock that begins."""
-        self.origin = self.clock = self.now = self.head = None
-        for queue in (self.frames, self.states, self.plans):
-            queue.clear()
-        self.executed.clear()
-
-    # ------------------------------------------------------------------------------------------ telling
-
-    def calls(self, session: Session) -> tuple[list[Call], int]:
-        """What brings the session to now, and how many blocks before now it then holds that were told anew (0: it was appended to, or begins)."""
-        assert self.now is not None
-        if self.head == self.now:
-            return [], 0
-        if self.head is not None and session.block != FIRST_BLOCK:
-            length = self._length(session.block)
-            if self.head + length == self.now:  # a session that is full begins again from the newest frame by itself
-                told = self._block(self.head, self.now, session.block)
-                if told is not None:
-                    return told, 0
-        inside = self.contract.lead > 0
-        most = self.contract.blocks - 1 - (inside and self._length(0) == 0)
-        for blocks in range(most, 0, -1):
-            told = self._window(blocks)
-            if told is not None:
-                return told, blocks
-        frame, state = self._frame(self.now, newest=True), self._state(self.now)
-        assert frame is not None
-        return [*self._fresh(session), Observe(frame[None, None], None if state is None else state[None])], 0
-
-    @staticmethod
-    def _fresh(session: Session) -> list[Call]:
-        return [] if session.block == FIRST_BLOCK else [Reset()]
-
-    def _length(self, block: int) -> int:
-        """Control steps of a block."""
-        return self.contract.horizon - (self.contract.lead if block == 0 else 0)
-
-    def _window(self, blocks: int) -> list[Call] | None:
-        """A memory of `blocks` whole blocks that ends now, or None where not all of it is known."""
-        assert self.now is not None
-        first = 0 if self._length(0) else 1  # a first block that is the first frame alone is over as it begins
-        lengths = [self._length(first + i) for i in range(blocks)]
-        begin = self.now - sum(lengths)
-        frame, state = self._frame(begin), self._state(begin)
-        if frame is None or (state is None and self.contract.needs_state):
-            return None
-        calls: list[Call] = [Reset(), Observe(frame[None, None], None if state is None else state[None])]
-        for i, length in enumerate(lengths):
-            told = self._block(begin, begin + length, first + i)
-            if told is None:
-                return None
-            calls += told
-            begin += length
-        return calls
-
-    def _block(self, begin: int, end: int, block: int) -> list[Call] | None:
-        """A block's actions, frames and the state at its end, or None where not all of it is known."""
-        stride = self.contract.frame_stride
-        actions = [self.executed.get(step) for step in range(begin, end)]
-        frames = [self._frame(at) for at in range(begin + stride, end + 1, stride)]
-        state = self._state(end)
-        if any(a is None for a in actions) or any(f is None for f in frames) or (state is None and self.contract.needs_state):
-            return None
-        return [Commit(np.stack(actions)[None]), Observe(np.stack(frames)[None], None if state is None else state[None])]  # type: ignore[arg-type]
-
-    def _frame(self, at: float, newest: bool = False) -> np.ndarray | None:
-        """The frame nearest to a moment, if it is near enough, or in any case the newest."""
-        if newest:
-            return self.frames[-1][1] if self.frames else None
-        found = min(self.frames, key=lambda pair: abs(pair[0] - at), default=None)
-        if found is None or abs(found[0] - at) > self.rules.tolerance * self.contract.frame_stride + SAME:
-            return None
-        return found[1]
-
-    def _state(self, at: float) -> np.ndarray | None:
-        found = min(reversed(self.states), key=lambda pair: abs(pair[0] - at), default=None)
-        return None if found is None or abs(found[0] - at) > 0.5 else found[1]
+        super().restart()
+        self.origin = self.clock = None
+        self.plans.clear()
