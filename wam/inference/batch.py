@@ -164,7 +164,7 @@ def _stacked(calls: list[Call]) -> Call:
         return Commit(np.concatenate([c.actions for c in calls if isinstance(c, Commit)]))
     assert isinstance(first, Think)
     thoughts = [c for c in calls if isinstance(c, Think)]
-    stacked = {name: _rows_of([getattr(c, name) for c in thoughts]) for name in ("committed", "promised", "actions")}
+    stacked: dict[str, Any] = {name: _rows_of([getattr(c, name) for c in thoughts]) for name in ("committed", "promised", "actions")}
     seeds = None if first.seeds is None else tuple(seed for c in thoughts for seed in c.seeds or ())
     return replace(first, seeds=seeds, **stacked)
 

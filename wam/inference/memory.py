@@ -196,6 +196,10 @@ class StepMemory:
             return None
         return [Commit(np.stack(actions)[None]), Observe(np.stack(frames)[None], None if state is None else state[None])]  # type: ignore[arg-type]
 
+    def frame(self, at: float) -> np.ndarray | None:
+        """The frame of a control step (H, W, 3), or None where none was taken near it."""
+        return self._frame(at)
+
     def _frame(self, at: float, newest: bool = False) -> np.ndarray | None:
         """The frame nearest to a moment, if it is near enough, or in any case the newest."""
         if newest:

@@ -60,11 +60,14 @@ class Plan:
 class Session:
     """See the module's docstring.  All rows advance together; drop the finished ones with `select`."""
 
-    def __init__(self, policy: Policy, instructions: Sequence[str], embodiment: str, seeds: Sequence[int], goals: np.ndarray | None = None):
+    def __init__(
+        self, policy: Policy, instructions: Sequence[str], embodiment: str, seeds: Sequence[int], goals: np.ndarray | None = None, prepared: Conditions | None = None
+    ):
         """Open a session.
 
         Args:
             goals: goal images, uint8 (B, H, W, 3), for models that take them.
+            prepared: the `instructions` of an earlier session with the same texts: shared, so they are neither encoded again nor held twice.
 
         Raises:
             ValueError: as many instructions as seeds are needed, none of them empty; an embodiment or a goal that the model does not know; a model of several states a block.
@@ -89,7 +92,7 @@ class Session:
         with torch.no_grad(), self._timed("text"):
             texts = prompts(instructions, self.config.template(embodiment))
             negative = [self.config.sampling.negative_prompt] * len(texts) if self.guided else []
-            self.instructions = self.model.prepare(self.model.encode_text([*texts, *negative]))
+            self.instructions = prepared or self.model.prepare(self.model.encode_text([*texts, *negative]))
         self.goal = self._encode_goal(goals)
         self.reset()
 
