@@ -42,6 +42,7 @@ class MetaWorldEnv:
     state_dim = 4
     action_dim = 4
     control_hz = CONTROL_HZ
+    hold = np.array([0, 0, 0, np.nan], np.float32)  # displacements of zero; the gripper goes on pressing as it did
 
     def __init__(self, task: str, camera: str = "corner4", image_size: int = 64, max_steps: int = 500) -> None:
         """Build the world.
@@ -62,6 +63,7 @@ class MetaWorldEnv:
         if image_size < 1 or max_steps < 1:
             raise ValueError(f"image_size {image_size} and max_steps {max_steps} must be at least 1")
         self.task, self.camera, self.image_size, self.max_steps = task, camera, image_size, max_steps
+        self.cameras = (camera,)
         self.instruction = INSTRUCTIONS[task]
         self.action_low, self.action_high = np.full(4, -1, np.float32), np.full(4, 1, np.float32)
         self._env = _build(task)
@@ -88,7 +90,7 @@ class MetaWorldEnv:
         env._prev_obs = env._get_curr_obs_combined_no_goal()
         self._observed = np.clip(env._get_obs(), env.sawyer_observation_space.low, env.sawyer_observation_space.high)
         self.steps, self._over = 0, False
-        return Observation(self.render()[None], self.state())
+        return Observation(self.render()[None], self.state(), rest=np.zeros(4, np.float32))
 
     def state(self) -> Floats:
         """Gripper position (metres) and opening (0..1), (4,)."""
