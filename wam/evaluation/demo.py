@@ -71,8 +71,8 @@ def demo(config: Config, task: str = DEFAULT_TASK, output: Path | None = None) -
             "modes": {mode: _without(figures, "episode_results") for mode, figures in driven["modes"].items()},
             "baselines": baselines,
             "imagination": {mode: _without(figures, "per_clip") for mode, figures in imagined["modes"].items()},
-            "versions": {"python": platform.python_version(), **{name: v for name in PACKAGES if (v := _version(name))}},
-            "machine": _machine(),
+            "versions": versions(),
+            "machine": machine(),
             "commands": [" ".join(["wam", *sys.argv[1:]])],
             "config": to_dict(config),
         }
@@ -172,6 +172,11 @@ def _without(figures: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in figures.items() if key not in names}
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on, as far as they are installed."""
+    return {"python": platform.python_version(), **{name: v for name in PACKAGES if (v := _version(name))}}
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -179,7 +184,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
