@@ -30,7 +30,6 @@ from wam.model.backbone import Context
 from wam.model.cache import KVCache, Prefix
 from wam.model.conditions import Conditions
 from wam.model.rotary import Rotary
-from wam.timeline import FIRST_BLOCK
 
 Rows = list[tuple[int, int]]  # per row: which part, and the row in it
 
@@ -58,6 +57,18 @@ class Commit:
     actions: np.ndarray
 
 
+@dataclass(frozen=True)
+class Go:
+    """`Session.imagine`: go on as if these latents (B, C, k, h, w) had been observed, or, with None, without the block's frames."""
+
+    latents: Tensor | None
+
+
+@dataclass(frozen=True)
+class Back:
+    """`Session.back`: forget what was imagined; the session stands before the frames of the block where that began (an `Observe` comes back by itself)."""
+
+
 PlanWith = Callable[[Session, str, SamplingConfig, np.ndarray | None, np.ndarray | None], Plan]
 
 
@@ -82,7 +93,7 @@ class Think:
     seeds: tuple[int, ...] | None = None
 
 
-Call = Reset | Observe | Commit | Think
+Call = Reset | Observe | Commit | Go | Back | Think
 
 
 def run(sessions: Sequence[Session], calls: Sequence[Sequence[Call]]) -> list[Plan | None]:
@@ -99,6 +110,8 @@ def run(sessions: Sequence[Session], calls: Sequence[Sequence[Call]]) -> list[Pl
         groups: dict[Any, list[int]] = {}
         for i, mine in enumerate(calls):
             if len(mine) >= left:
+                if isinstance(mine[-left], Observe):
+                    sessions[i].back()  # before it is asked what it has in common with others
                 groups.setdefault(_group(sessions[i], mine[-left], i), []).append(i)
         for members in groups.values():
             for i, plan in zip(members, _together([sessions[i] for i in members], [calls[i][-left] for i in members]), strict=True):
@@ -108,15 +121,17 @@ def run(sessions: Sequence[Session], calls: Sequence[Sequence[Call]]) -> list[Pl
 
 def _group(session: Session, call: Call, number: int) -> Any:
     """What must agree for calls to go together."""
-    if isinstance(call, Reset):
-        return ("reset", number)
+    if isinstance(call, (Reset, Back)):
+        return ("alone", number)
     phase = min(session.block, 1), session.dims.name, session.state is None, session.origin is None, session.first is None, session.goal is None, session.acted is None
     shapes = tuple(session.conditions.text_UTE.shape[1:]), session.conditions.first_frame_BCFHW is None
     if isinstance(call, Observe):
-        alone = number if session._lasts is not None and session.block != FIRST_BLOCK and session.block + 1 >= session._lasts else None  # starts again by itself
+        alone = number if session.begins_anew else None
         return "observe", phase, shapes, call.state is None, alone
     if isinstance(call, Commit):
         return "commit", phase, shapes
+    if isinstance(call, Go):
+        return "go", phase, shapes, call.latents is None
     given = tuple(None if x is None else x.shape[1] for x in (call.committed, call.promised, call.actions))
     return "plan", phase, shapes, call.mode, call.sampling, given, id(call.plan_with), call.seeds is None
 
@@ -124,6 +139,9 @@ def _group(session: Session, call: Call, number: int) -> Any:
 def _together(sessions: list[Session], calls: list[Call]) -> list[Plan | None]:
     if len(sessions) == 1:
         return [_apply(sessions[0], calls[0])]
+    if isinstance(calls[0], Go):
+        for session in sessions:
+            session.set_aside()
     joined = Joined(sessions)
     plan = _apply(joined, _stacked(calls))
     joined.split()
@@ -140,6 +158,10 @@ def _apply(session: Session, call: Call) -> Plan | None:
         session.observe(call.frames, call.state)
     elif isinstance(call, Commit):
         session.commit(call.actions)
+    elif isinstance(call, Go):
+        session.imagine(call.latents)
+    elif isinstance(call, Back):
+        session.back()
     else:
         session.reset()
     return None
@@ -162,6 +184,8 @@ def _stacked(calls: list[Call]) -> Call:
         return Observe(np.concatenate([c.frames for c in calls if isinstance(c, Observe)]), _rows_of([c.state for c in calls if isinstance(c, Observe)]))
     if isinstance(first, Commit):
         return Commit(np.concatenate([c.actions for c in calls if isinstance(c, Commit)]))
+    if isinstance(first, Go):
+        return Go(_cat([c.latents for c in calls if isinstance(c, Go)]))
     assert isinstance(first, Think)
     thoughts = [c for c in calls if isinstance(c, Think)]
     stacked: dict[str, Any] = {name: _rows_of([getattr(c, name) for c in thoughts]) for name in ("committed", "promised", "actions")}

@@ -10,6 +10,13 @@
 Observations arrive in physical units and uint8 pixels; plans leave in physical units.  The cache holds what was really observed and
 executed; what a plan imagined never stays in it.  Rows are independent: a batch gives each row what it would get alone.
 
+A block that runs is still to be seen when the next one is planned ahead; what was imagined of it goes when its frames come:
+
+    session.commit(decided)                          # the whole block, before it is executed
+    session.imagine(latents)                         # as if these had been seen; None: without its frames
+    plan = session.plan("skip")                      # the block after it
+    session.observe(frames, state)                   # what really came: the memory is as if nothing had been imagined
+
 What depends on the instruction alone is computed when the session opens, what depends on the first frame when that is seen.  A model
 that cannot go on for ever (positions counted from the first frame, a first frame joined to the channels, or a table that sees nothing of
 earlier blocks) starts again from the newest frame when a window's blocks are full, as DreamZero does.
@@ -17,6 +24,7 @@ earlier blocks) starts again from the newest frame when a window's blocks are fu
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -33,13 +41,15 @@ from wam.data.normalize import normalizer_for
 from wam.data.units import Units
 from wam.model.actions import channels_of, pad_actions, pad_states
 from wam.model.conditions import Conditions
-from wam.model.sampling import Held, Noise, Sample, Situation, sample
+from wam.model.sampling import Held, Noise, Pull, Sample, Situation, sample
 from wam.pretrained import Policy
 from wam.relations import untrained_mode_warning
 from wam.text.text import prompts
 from wam.timeline import FIRST_BLOCK, Kind
 
 log = logging.getLogger(__name__)
+
+_REMEMBERED = ("cache", "conditions", "block", "committed", "state", "origin", "first", "acted")  # what observing and imagining change
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,11 @@ class Session:
         ends = m.positions == "index" or m.first_frame == "concat" or not self.model.relations.remembers
         return self.config.timeline.blocks if ends else None
 
+    @property
+    def begins_anew(self) -> bool:
+        """Whether the next observation is the first of a new memory: the blocks of a window are full, and this model cannot go on."""
+        return self._lasts is not None and self.block + 1 >= self._lasts and self.block != FIRST_BLOCK
+
     def reset(self) -> None:
         """Forget everything observed; keep the instruction and the goal."""
         self.cache = self.model.new_cache(self.batch * self._sides)
@@ -133,6 +148,7 @@ class Session:
         self.origin: np.ndarray | None = None  # the state that relative actions start from, physical units
         self.first: Tensor | None = None  # where the first frame is inside block 0
         self.acted: Tensor | None = None  # executed actions that wait for the frames they led to
+        self.before: Session | None = None  # where imagining began
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -146,8 +162,9 @@ class Session:
         Raises:
             ValueError: wrong shapes, non-finite states, or a block whose executed actions were never committed.
         """
+        self.back()
         self._check_observation(frames, state)
-        if self._lasts is not None and self.block + 1 >= self._lasts and self.block != FIRST_BLOCK:
+        if self.begins_anew:
             self.reset()
             frames = frames[:, -1:]
         with torch.no_grad():
@@ -162,7 +179,7 @@ class Session:
         return latents
 
     def plan(
-        self, mode: str, sampling: SamplingConfig | None = None, actions: np.ndarray | None = None, committed: np.ndarray | None = None, future: Tensor | None = None
+        self, mode: str, sampling: SamplingConfig | None = None, actions: np.ndarray | None = None, committed: np.ndarray | None = None, future: Tensor | None = None, pull: Pull | None = None
     ) -> Plan:
         """Plan the coming block.
 
@@ -172,6 +189,7 @@ class Session:
             actions: for `forward`, the actions (B, A, action_dim) whose outcome is imagined, physical units.
             committed: the block's first n actions (B, n, action_dim), where they are decided already: they are held, the rest follows.
             future: for `inverse`, the block's latents (B, C, k, h, w), whose actions are asked for.
+            pull: actions that the plan is drawn to (`wam.inference.guided`).
 
         Raises:
             ValueError: unknown mode, missing or misshapen actions, guidance that the model cannot give, or nothing observed yet.
@@ -182,7 +200,7 @@ class Session:
         given = self._future(future) if future is not None else None if actions is None else self._normal_actions(actions)
         how = sampling or self.config.sampling
         with self._timed("denoise"):
-            out = sample(self.model, self.model.relations.mode(mode), self._situation(committed), self._noise(), how, given)
+            out = sample(self.model, self.model.relations.mode(mode), self._situation(committed, pull), self._noise(), how, given)
         with self._timed("post"):
             plan_actions = None if out.action_BTA is None else self._physical(out)
         timings, self.timings = self.timings, {}
@@ -198,17 +216,50 @@ class Session:
                 self._write_actions()
         self.committed = True
 
-    def imagine(self, latents: Tensor, origin: np.ndarray | None = None) -> None:
-        """Go on as if `latents` (B, C, k, h, w) had been observed: open-loop rollouts feed plans back this way.
+    def imagine(self, latents: Tensor | None, origin: np.ndarray | None = None) -> None:
+        """Go on as if `latents` (B, C, k, h, w) had been observed, or, with None, as if the block had passed with eyes shut: only its actions are known.
 
-        The state that would go with them is not known, and is left out of what the model sees.
+        Open-loop rollouts feed plans back this way, and the next block can be planned before the frames of this one have come.  The state that
+        would go with them is not known, and is left out of what the model sees (where it takes the actions' noise level, the last one known stays).
+        The next `observe` is of the block where imagining began.  It costs a second cache until then.
 
         Args:
             origin: (B, raw_state_dim): where relative actions are to start from; without it, such actions can neither be planned nor committed.
+
+        Raises:
+            ValueError: nothing observed yet, a block without its actions, a block whose first frame is inside of it and its video left out, or a
+                memory that begins anew after this block, from a frame that has not come.
         """
+        if self.block == FIRST_BLOCK or not self.committed:
+            raise ValueError("a block can be imagined once its actions are known; call observe(first_frame, state) and commit(actions) before imagine()")
+        if latents is None and self.block == 0 and self._first_inside:
+            raise ValueError("block 0 of this model holds the first frame (timeline.first_frame=inside), so its frames cannot be left out; imagine them with mode 'video' or 'forward'")
+        if latents is None and self.begins_anew:
+            raise ValueError(f"this model's memory begins anew after {self._lasts} blocks, from a frame that has not come; nothing can be planned ahead of it")
+        self.set_aside()
         with torch.no_grad():
             self._advance(latents, None)
         self.origin = None if origin is None else origin.astype(np.float32)
+
+    def set_aside(self) -> None:
+        """Note where imagining begins, for `back`, unless that is done."""
+        if self.before is None:
+            self.before = copy.copy(self)
+            self.cache = self.cache.select(list(range(self.cache.batch)))
+
+    def back(self) -> None:
+        """Forget what was imagined: go back to where that began, where the block's actions were committed and its frames are awaited."""
+        if self.before is not None:
+            self.__dict__.update({name: getattr(self.before, name) for name in _REMEMBERED})
+            self.before = None
+
+    def fork(self) -> Session:
+        """A session of its own that remembers the same, at the cost of a second cache; it draws its noise from the same generators."""
+        out = copy.copy(self)
+        out.timings, out.stream = {}, self.stream.select(range(self.batch))
+        out.cache = self.cache.select(list(range(self.cache.batch)))
+        out.before = None if self.before is None else self.before.fork()
+        return out
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows, in the given order."""
@@ -223,12 +274,14 @@ class Session:
         self.stream = self.stream.select(chosen)
         self.state, self.first, self.goal, self.acted = (None if x is None else x[chosen] for x in (self.state, self.first, self.goal, self.acted))
         self.origin = None if self.origin is None else self.origin[chosen]
+        if self.before is not None:
+            self.before.select(chosen)
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _situation(self, committed: np.ndarray | None) -> Situation:
+    def _situation(self, committed: np.ndarray | None, pull: Pull | None = None) -> Situation:
         state = None if self.state is None or not self.model.live_state else self._both(self.state).unsqueeze(1)
-        return Situation(self.cache, self._blocks, self.conditions, self.embodiment_B, state, self._held(committed), self.guided)
+        return Situation(self.cache, self._blocks, self.conditions, self.embodiment_B, state, self._held(committed), self.guided, pull)
 
     @property
     def _blocks(self) -> list[int]:
@@ -276,8 +329,8 @@ class Session:
         if self.goal is not None:
             self._prefill(Kind.G, self.goal)
 
-    def _advance(self, latents: Tensor, state: np.ndarray | None) -> None:
-        """Write a block's frames, and the state at the start of the next."""
+    def _advance(self, latents: Tensor | None, state: np.ndarray | None) -> None:
+        """Write a block's frames, where they are there, and the state at the start of the next."""
         normal, self.origin = None, None if state is None else state.astype(np.float32)
         if state is not None and self.model.state_encoder is not None:
             seen = self.normalizer.normalize("state", self.units.encode_state(state.astype(np.float32)))
@@ -288,9 +341,11 @@ class Session:
         if begins and self._first_inside:
             self.first = latents
         elif begins:
+            assert latents is not None
             self._prefill(Kind.H, latents)
         else:
-            self._prefill(Kind.VC, torch.cat([self.first, latents], dim=2) if self.block == 0 and self.first is not None else latents)
+            if latents is not None:
+                self._prefill(Kind.VC, torch.cat([self.first, latents], dim=2) if self.block == 0 and self.first is not None else latents)
             self._write_actions()
         self.block += 1
         self.committed = False

@@ -9,7 +9,8 @@
     video            V from noise
 
 These are functions of a model and a cache; they hold nothing.  What is pinned by a mode is present and never stepped.  What is *held* is
-given at level 0 among tokens that are denoised: a committed prefix of the actions, or a first frame inside its block.
+given at level 0 among tokens that are denoised: a committed prefix of the actions, or a first frame inside its block.  What a plan is
+*pulled* to is not given: each step's velocities are turned towards it, through the network's own gradient (`wam.inference.guided`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from wam.flow import TIMESTEPS, guidance
 from wam.model.cache import KVCache
 from wam.model.conditions import Conditions
 from wam.model.view import View
-from wam.model.wam import Noisy, WorldActionModel
+from wam.model.wam import Ahead, Noisy, WorldActionModel
 from wam.relations import Mode
 from wam.solvers import Solver, make_grid, make_reuse, make_solver
 from wam.timeline import Kind
@@ -46,12 +47,28 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Pull:
+    """Actions that the sampled ones are drawn to, by guidance.
+
+    Attributes:
+        towards_BTA: normalised actions (B, A, .).
+        weight_BTA: how much each counts: 1 is wanted exactly, 0 is free; 0 in channels that the robot does not have.
+        most: the largest weight of the guidance.
+    """
+
+    towards_BTA: Tensor
+    weight_BTA: Tensor
+    most: float
+
+
+@dataclass(frozen=True)
 class Situation:
     """Whom a plan is for: rows of a batch, each at its own block.
 
     Attributes:
         state_BnS: the states now (B, 1, .), for models whose states are not cached.
         guided: the rows are two halves, the same robots with their instructions and with the negative one; samples are for the first half.
+        pull: what actions are drawn to, a row a robot.
     """
 
     cache: KVCache
@@ -61,6 +78,7 @@ class Situation:
     state_BnS: Tensor | None = None
     held: Held = Held()
     guided: bool = False
+    pull: Pull | None = None
 
     @property
     def rows(self) -> int:
@@ -95,6 +113,7 @@ class Step:
 
 
 Watch = Callable[[Step], None]
+_Pair = tuple[Tensor | None, Tensor | None]  # of video and actions
 
 
 def _unwatched(step: Step) -> None:
@@ -176,6 +195,7 @@ class _Track:
 
     x: Tensor
     timesteps: Tensor  # (steps,) on the device
+    sigmas: tuple[float, ...]  # where each step starts, and where the last one ends
     solver: Solver | None  # None: pinned
     held: tuple[Tensor, Tensor] | None  # values and mask of the tokens' own axis
     axis: int
@@ -217,11 +237,12 @@ def _denoise(
     tracks = {kind: _track(model, mode, at, noise, how, kind, given, stop) for kind in live}
     steps = how.steps if video_moves or how.action_steps is None else how.action_steps
     view, reuse = model.view(at.cache, mode.table, live, at.blocks), make_reuse(how.reuse, steps, how.evaluations)
-    ahead = model.embed_ahead([_noisy(model, at, tracks, i) for i in range(steps)])
-    velocities: tuple[Tensor | None, Tensor | None] = (None, None)
+    ahead = model.embed_ahead([_noisy(model, at, tracks, _places(tracks), i) for i in range(steps)])
+    velocities: _Pair = (None, None)
     for i in range(steps):
         if reuse.evaluate(i):
-            velocities = _velocities(model, view, at, how, replace(_noisy(model, at, tracks, i), ahead=ahead[i]))
+            evaluate = _velocities if at.pull is None or Kind.A not in tracks else _pulled
+            velocities = evaluate(model, view, at, how, tracks, i, ahead[i])
             reuse.record(next(v for v in velocities if v is not None))
         for kind, velocity in zip((Kind.V, Kind.A), velocities, strict=True):
             if kind in tracks and velocity is not None:
@@ -242,35 +263,71 @@ def _track(model: WorldActionModel, mode: Mode, at: Situation, noise: Noise, how
     if kind in mode.pinned:
         level = mode.pinned[kind]
         x = given if level == 0 and given is not None else start
-        return _Track(x, torch.full((1,), TIMESTEPS * level, device=model.device), None, held, axis, keep)
+        return _Track(x, torch.full((1,), TIMESTEPS * level, device=model.device), (level,), None, held, axis, keep)
     steps = how.steps if video or how.action_steps is None or Kind.V in mode.denoised else how.action_steps
     shift = (how.video_shift or config.video.shift) if video else (how.action_shift or config.action.shift)
     grid = make_grid(how.solver, steps, shift)
     final = max(stop, how.video_final if mode.denoised == (Kind.V, Kind.A) else 0.0) if video else 0.0
     grid = grid.ending_at(final) if final > 0 else grid
-    return _Track(start, grid.timesteps.to(model.device), make_solver(how.solver, grid), held, axis, keep)
+    return _Track(start, grid.timesteps.to(model.device), tuple(grid.sigmas.tolist()), make_solver(how.solver, grid), held, axis, keep)
 
 
-def _noisy(model: WorldActionModel, at: Situation, tracks: dict[Kind, _Track], i: int) -> Noisy:
-    """The tokens of step i, for every row."""
-    parts: dict[str, Any] = {}
+def _places(tracks: dict[Kind, _Track]) -> dict[Kind, Tensor]:
+    return {kind: track.x for kind, track in tracks.items()}
+
+
+def _noisy(model: WorldActionModel, at: Situation, tracks: dict[Kind, _Track], places: dict[Kind, Tensor], i: int, ahead: Ahead | None = None) -> Noisy:
+    """The tokens of step i at `places`, for every row."""
+    parts: dict[str, Any] = {"ahead": ahead}
     for kind, track in tracks.items():
         names = ("video_BCFHW", "video_t_BF") if kind is Kind.V else ("action_BTA", "action_t_BT")
-        parts |= dict(zip(names, (_rows(at, track.x), _rows(at, track.level(i))), strict=True))
+        parts |= dict(zip(names, (_rows(at, places[kind]), _rows(at, track.level(i))), strict=True))
     if model.live_state and Kind.A in tracks:
         parts["state_BnS"] = at.state_BnS
     return Noisy(**parts)
 
 
-def _velocities(model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, noisy: Noisy) -> tuple[Tensor | None, Tensor | None]:
+def _velocities(model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, tracks: dict[Kind, _Track], i: int, ahead: Ahead) -> _Pair:
+    """Velocities of video and actions where the tracks are."""
+    return _velocities_at(_places(tracks), model, view, at, how, tracks, i, ahead)
+
+
+def _velocities_at(places: dict[Kind, Tensor], model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, tracks: dict[Kind, _Track], i: int, ahead: Ahead) -> _Pair:
     """The network's velocities of video and actions, guided where both sides are there; unless guided, actions are the condition's."""
-    video, action = model.denoise(view, noisy, at.conditions, at.embodiment_B)
+    video, action = model.denoise(view, _noisy(model, at, tracks, places, i, ahead), at.conditions, at.embodiment_B)
     if not at.guided:
         return video, action
     rows = at.rows
     if action is not None:
         action = action[:rows] if how.action_guidance == 1 else guidance(action[:rows].float(), action[rows:].float(), how.action_guidance)
     return None if video is None else guidance(video[:rows].float(), video[rows:].float(), how.guidance), action
+
+
+def _pulled(model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, tracks: dict[Kind, _Track], i: int, ahead: Ahead) -> _Pair:
+    """Velocities turned towards `at.pull`: what is expected of the actions is compared with it, and the difference goes back through the network."""
+    assert at.pull is not None
+    with torch.enable_grad():
+        places = {kind: track.x.detach().requires_grad_(track.solver is not None) for kind, track in tracks.items()}
+        velocities = _velocities_at(places, model, view, at, how, tracks, i, ahead)
+        action = velocities[1]
+        assert action is not None
+        expected = places[Kind.A] - tracks[Kind.A].sigmas[i] * action.float()
+        error = at.pull.weight_BTA * (at.pull.towards_BTA - expected.detach())
+        moving = [kind for kind in places if places[kind].requires_grad]
+        turns = dict(zip(moving, torch.autograd.grad(expected, [places[kind] for kind in moving], error, allow_unused=True), strict=True))
+    video, action = (
+        None if velocity is None else velocity.detach() if turns.get(kind) is None else velocity.detach().float() - _pull_weight(tracks, kind, i, at.pull.most) * turns[kind]
+        for kind, velocity in zip((Kind.V, Kind.A), velocities, strict=True)
+    )
+    return video, action
+
+
+def _pull_weight(tracks: dict[Kind, _Track], kind: Kind, i: int, most: float) -> float:
+    """sigma / ((1 - sigma) r^2) of a kind at step i, with r^2 = sigma_A^2 / (sigma_A^2 + (1 - sigma_A)^2); at most `most`, and no more than one step can take in."""
+    sigma, acting = tracks[kind].sigmas[i], tracks[Kind.A].sigmas[i]
+    most = min(most, 1 / max(sigma - tracks[kind].sigmas[i + 1], 1e-6))
+    r2 = acting**2 / (acting**2 + (1 - acting) ** 2)
+    return min(most, sigma / ((1 - sigma) * r2)) if sigma < 1 else most
 
 
 def _rows(at: Situation, x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
 
 Queries of one kind see the same keys, so each group is one attention without a mask (unless rows of the batch see different parts of
 the cache).  Kinds that see the same are one group.  The buffers are allocated with room for the live tokens, so a step copies only
-those, never the cache: a step grows with history only by the attention itself.
+those, never the cache: a step grows with history only by the attention itself.  Of several plans from one past, the past is read once
+for all of them (`wam.model.shared`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from wam.model.attention import Backend, attention
 from wam.model.backbone import Attend
 from wam.model.cache import KVCache, Prefix
 from wam.model.rotary import Rotary
+from wam.model.shared import attend_shared
 from wam.relations import RelationTable
 from wam.timeline import Kind, Layout
 
@@ -44,23 +46,41 @@ class View:
 
     def attends(self, layer: int) -> Attend:
         """How queries meet keys in a layer; what is returned holds that layer's tensors and no number of it, so that one compiled block serves all layers."""
-        rotary, backend, groups = self.rotary, self.backend, [(g, g.prefix.keys[layer], g.prefix.values[layer]) for g in self.groups]
+        rotary, backend, groups = self.rotary, self.backend, [(g, g.prefix.of_layer(layer)) for g in self.groups]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = rotary.rotate(q), rotary.rotate(k)
-            out = [_attend(group, q[:, group.queries], k[:, group.keys], v[:, group.keys], keys, values, backend) for group, keys, values in groups]
+            out = [_attend(prefix, q[:, group.queries], k[:, group.keys], v[:, group.keys], backend) for group, prefix in groups]
             return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
         return attend
 
 
-def _attend(group: Group, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, backend: Backend) -> Tensor:
-    """One group's attention in one layer, whose buffers are `keys` and `values`."""
-    prefix, own = group.prefix, k.shape[1]
+def _attend(prefix: Prefix, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+    """One group's attention in one layer, whose prefix this is."""
+    (keys,), (values,), own = prefix.keys, prefix.values, k.shape[1]
+    if prefix.seen and k.requires_grad:  # what is differentiated must not be written over by the next step
+        return attend_after(prefix, q, k, v, backend)
     if prefix.seen:
         keys[:, prefix.seen : prefix.seen + own] = k
         values[:, prefix.seen : prefix.seen + own] = v
         k, v = keys[:, : prefix.seen + own].type_as(q), values[:, : prefix.seen + own].type_as(q)
+    return _meet(prefix, q, k, v, own, backend)
+
+
+def attend_after(prefix: Prefix, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
+    """Attention over a layer's prefix and then over `k` and `v`, which are not written behind it."""
+    (keys,), (values,), own = prefix.keys, prefix.values, k.shape[1]
+    if prefix.seen:
+        k, v = torch.cat([keys[:, : prefix.seen].type_as(q), k], dim=1), torch.cat([values[:, : prefix.seen].type_as(q), v], dim=1)
+    return _meet(prefix, q, k, v, own, backend)
+
+
+def _meet(prefix: Prefix, q: Tensor, k: Tensor, v: Tensor, own: int, backend: Backend) -> Tensor:
+    """Attention over keys whose last `own` are the queries' own, before which come those of the prefix, and what it shares."""
+    if prefix.shared is not None:
+        (keys,), (values,) = prefix.shared.keys, prefix.shared.values
+        return attend_shared(q, k, v, keys.type_as(q), values.type_as(q), prefix.shared.mask_B11S)
     mask = None
     if prefix.mask_B11S is not None:
         mask = torch.cat([prefix.mask_B11S, prefix.mask_B11S.new_ones(len(q), 1, 1, own)], dim=-1)
