@@ -15,7 +15,7 @@ from wam.evaluation import gl
 from wam.evaluation.environments import Environment, StepResult, make_env
 from wam.evaluation.metaworld_tasks import INSTRUCTIONS
 from wam.evaluation.seeds import DEMONSTRATION, SPLITS, TEST, require_disjoint, require_split, split_of
-from wam.evaluation.vector import EnvironmentCrash, VectorEnv
+from wam.evaluation.vector import VectorEnv
 
 TASK = "metaworld/drawer-open-v3"
 simulator = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs pip install 'wam[sim]'")
@@ -152,16 +152,13 @@ def test_side_by_side_equals_one_by_one(env: Environment) -> None:
 
 
 @simulator
-def test_a_crash_is_reported_and_is_no_failure_of_the_policy() -> None:
-    with VectorEnv(TASK, 2, workers=2) as many:
-        many.reset([8, 9])
-        with pytest.raises(EnvironmentCrash, match=r"(?s)drawer-open-v3 .*seed 9.*not a failure of the policy.*Traceback"):
-            many._ask("run", {1: None})
+def test_a_killed_simulator_is_no_failure_of_the_policy() -> None:
     with VectorEnv(TASK, 2, workers=2) as many:
         many.reset([8, 9])
         os.kill(many._workers[1]._process.pid, signal.SIGKILL)
-        with pytest.raises(EnvironmentCrash, match=r"(?s)drawer-open-v3 .*seeds 9.*exit code -9"):
-            many.run(np.zeros((2, 4, 4)), [0, 1], 2)
+        fine, lost = many.run(np.zeros((2, 4, 4)), [0, 1], 2)
+        assert fine.crashed is None and len(fine.states) == 4
+        assert all(part in str(lost.crashed) for part in ("drawer-open-v3", "seed 9", "exit code -9", "not a failure of the policy"))
     with pytest.raises(ValueError, match="nearest: drawer-open-v3"):
         VectorEnv("metaworld/drawer-opn", 2)
 
