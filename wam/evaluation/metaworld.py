@@ -63,7 +63,7 @@ class MetaWorldEnv:
         if image_size < 1 or max_steps < 1:
             raise ValueError(f"image_size {image_size} and max_steps {max_steps} must be at least 1")
         self.task, self.camera, self.image_size, self.max_steps = task, camera, image_size, max_steps
-        self.cameras = (camera,)
+        self.cameras: tuple[str, ...] = (camera,)
         self.instruction = INSTRUCTIONS[task]
         self.action_low, self.action_high = np.full(4, -1, np.float32), np.full(4, 1, np.float32)
         self._env = _build(task)
