@@ -87,8 +87,8 @@ def absent(text: str) -> Html:
     return tag("p", text, class_="absent")
 
 
-def page(title: str, sections: Sequence[Child]) -> str:
-    """The whole document."""
+def page(title: str, sections: Sequence[Child], style: str = "") -> str:
+    """The whole document; `style` is what a page needs beyond that of all."""
     policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
     head = tag(
         "head",
@@ -98,7 +98,7 @@ def page(title: str, sections: Sequence[Child]) -> str:
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", name="generator", content=f"wam {__version__}"),
         tag("title", title),
-        tag("style", Html(STYLE)),
+        tag("style", Html(STYLE + style)),
     )
     document = tag("html", head, tag("body", tag("main", sections)), lang="en")
     return f"<!doctype html>\n{document}\n".encode("ascii", "xmlcharrefreplace").decode()  # the same bytes in any locale

@@ -291,6 +291,15 @@ def duration(seconds: float) -> str:
 
 
 def machine_rate() -> float:
-    """FLOP a second that this machine's matrix products reach, measured in a moment."""
-    with tempfile.TemporaryDirectory() as folder:
-        return device_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32, Path(folder) / "rate.json").measured
+    """FLOP a second that this machine's matrix products reach, measured in a moment.
+
+    Of a CPU on one thread, times the threads that are used: on a busy machine two threads that wait for each other would be measured a thousand times too slow.
+    """
+    device, threads = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            rates = [device_rate(device, torch.float32, Path(folder) / f"rate_{i}.json").measured for i in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    return max(rates) * (threads if device.type == "cpu" else 1)
