@@ -14,7 +14,7 @@ from wam.relations import BASE, LeakError, Mode, Reach, Relations, RelationTable
 from wam.relations_text import describe_config, present_kinds
 from wam.timeline import Kind, Layout, Segment
 
-H, S, VC, V, AC, A, G = Kind
+H, S, VC, V, AC, A, G, _ = Kind  # the last, R, is in no preset
 Token = tuple[Kind, int]
 LABELS = {kind.label: kind for kind in Kind}
 

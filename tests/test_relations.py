@@ -27,7 +27,7 @@ from wam.relations import (
 from wam.relations_text import describe
 from wam.timeline import Kind, Layout, Segment
 
-H, S, VC, V, AC, A, G = Kind
+H, S, VC, V, AC, A, G, _ = Kind  # the last, R, is in no mode: see test_value
 REACHES = [EVERYTHING, Reach(1), Reach(2, sink=True), Reach(3, "segment"), Reach(4, "segment", sink=True)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
-KIND_LABELS = ("H", "S", "Vc", "V", "Ac", "A", "G")  # in the order of `wam.timeline.Kind`
+KIND_LABELS = ("H", "S", "Vc", "V", "Ac", "A", "G", "R")  # in the order of `wam.timeline.Kind`
 NONE, PAST, SAME, PAST_AND_SAME, ALL = "", "<", "=", "<=", "all"
 RELATIONS = (NONE, PAST, SAME, PAST_AND_SAME, ALL)
 

@@ -207,6 +207,8 @@ class ModelConfig:
     action_padding: Literal["zero", "noise"] = "zero"  # what channels that a robot does not have hold while its actions are denoised (DreamZero: noise)
     embodiment_weights: Literal["own", "shared"] = "own"  # one set of encoders and decoders per embodiment, or one for all (DreamZero)
     goal_image: bool = False  # the model can be given a goal image
+    value: Literal["none", "success", "progress"] = "none"  # a value head (see wam.model.value): chance of success, discounted by the time until it; or how near success is
+    value_horizon: int | None = 200  # control steps: success counts exp(-steps / horizon) (null: 1, however late), progress falls to 0 this long before it
     attention: Literal["auto", "sdpa", "eager", "flex", "xformers", "flash"] = "auto"
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
@@ -219,6 +221,9 @@ class ModelConfig:
         require(self.freq_dim >= 2 and self.freq_dim % 2 == 0, f"model.freq_dim is {self.freq_dim}", "sines and cosines need an even number")
         require(self.patch[0] == 1 and min(self.patch) >= 1, f"model.patch is {list(self.patch)}", "expected [1, height, width] in latents: every latent frame has its own tokens")
         require(self.head_dim % 2 == 0 and self.head_dim >= 12, f"model.head_dim is {self.head_dim}", "rotary positions need an even head_dim of at least 12")
+        require(self.value_horizon is None or self.value_horizon >= 1, f"model.value_horizon is {self.value_horizon}", "expected control steps, at least 1")
+        require(self.value != "progress" or self.value_horizon is not None, "model.value_horizon is null, but model.value is 'progress', which is measured by it", "set the control steps before success at which progress begins, e.g. 200")
+        require(self.value == "none" or self.state != "token" or self.state_level == "clean", f"model.value is {self.value!r}, but model.state_level is 'action': no clean state is there for a value to see", "set model.state_level=clean, or model.value=none")
         require(self.expert_width is None or self.action_head != "modulated_linear", "model.action_head is 'modulated_linear', which shares the video head's table, but expert_width is set", "choose another head, or expert_width=null")
         require(self.lora is None or self.pretrained is not None, "model.lora adapts a pretrained backbone, but model.pretrained is null", "name one, or set model.lora=null")
         names = [e.name for e in self.embodiments]

@@ -147,6 +147,7 @@ class GroupsConfig:
     expert: GroupConfig = GroupConfig()  # blocks of states and actions, where they have their own
     new: GroupConfig = GroupConfig()  # encoders and decoders of states and actions, their time embedding, a goal's mark
     text: GroupConfig = GroupConfig()  # the embedded text encoder
+    value: GroupConfig = GroupConfig()  # the value token and its head
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class TrainingConfig:
     ema_decay: float = 0.995
     action_weight: float = 1.0
     video_weight: float = 1.0
+    value_weight: float = 1.0  # where the model has a value head
     state_dropout: float = 0.1  # probability that a sample's states are hidden, so that video can be imagined where no state is known
     text_dropout: float = 0.0  # probability that a sample's instruction is the empty one: what guidance needs
     goal_image: float = 0.0  # probability that a sample is given the window's last frame as its goal (needs model.goal_image)
@@ -172,6 +174,7 @@ class TrainingConfig:
     frame_padding: Literal["any", "all"] = "any"  # a latent frame is padding when any of its pixel frames is, or only when all are (Fast-WAM)
     reduction: Literal["supervised", "sample", "all"] = "supervised"  # errors over what is supervised in the batch; per sample first (Fast-WAM); over everything, padding included (DreamZero)
     modes: dict[str, float] = field(default_factory=lambda: {"skip": 0.3, "joint": 0.2, "joint_mutual": 0.1, "imagine": 0.2, "forward": 0.2})
+    valuations: dict[str, float] = field(default_factory=lambda: {"action": 0.5, "outcome": 0.5})  # what a sample's values are asked of: the block's actions, Q(s, a), or its video, V(s')
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False  # the repeated blocks, with torch.compile
     bucket: bool = False  # lay out only what the modes of a micro-batch need, not what those of the config do: fewer tokens, several shapes
@@ -195,12 +198,13 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}", "it must be at least 1")
         for name in ("learning_rate", "grad_clip"):
             require(0 < getattr(self, name) < math.inf, f"training.{name} is {getattr(self, name)}", "it must be positive and finite")
-        for name in ("weight_decay", "action_weight", "video_weight", "seed"):
+        for name in ("weight_decay", "action_weight", "video_weight", "value_weight", "seed"):
             require(0 <= getattr(self, name) < math.inf, f"training.{name} is {getattr(self, name)}", "it must be at least 0 and finite")
         require(self.max_minutes is None or self.max_minutes > 0, f"training.max_minutes is {self.max_minutes}", "expected minutes above 0, or null for no limit")
         require(all(0 <= beta < 1 for beta in self.betas), f"training.betas is {list(self.betas)}", "expected two numbers, 0 <= beta < 1")
-        weights = self.modes.values()
-        require(all(0 <= p < math.inf for p in weights) and sum(weights) > 0, f"training.modes is {self.modes}", "weights are at least 0 and finite; give at least one mode a positive one")
+        for name in ("modes", "valuations"):
+            weights = getattr(self, name).values()
+            require(all(0 <= p < math.inf for p in weights) and sum(weights) > 0, f"training.{name} is {getattr(self, name)}", f"weights are at least 0 and finite; give at least one {name[:-1]} a positive one")
         for name in ("state_dropout", "text_dropout", "goal_image"):
             require(0 <= getattr(self, name) <= 1, f"training.{name} is {getattr(self, name)}", "a probability lies in 0..1")
         require(0 <= self.ema_decay < 1, f"training.ema_decay is {self.ema_decay}", "expected 0 (off) <= decay < 1")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, LINE, PAPER = "#24292f", "#6e7781", "#d5dbe1", "#ffffff"  # the report replaces these by its own, light or dark
-KIND_COLORS = {Kind.H: "#7d8590", Kind.S: "#009e73", Kind.VC: "#56b4e9", Kind.V: "#0072b2", Kind.AC: "#e69f00", Kind.A: "#d55e00", Kind.G: "#cc79a7"}
+KIND_COLORS = {Kind.H: "#7d8590", Kind.S: "#009e73", Kind.VC: "#56b4e9", Kind.V: "#0072b2", Kind.AC: "#e69f00", Kind.A: "#d55e00", Kind.G: "#cc79a7", Kind.R: "#882255"}
 KIND_NAMES = {
     Kind.H: "H  first frame",
     Kind.S: "S  state",
@@ -32,6 +32,7 @@ KIND_NAMES = {
     Kind.AC: "Ac  actions, executed",
     Kind.A: "A  actions, noisy",
     Kind.G: "G  goal image",
+    Kind.R: "R  value",
 }
 MODE_STYLES = {  # colour and marker: told apart without colour too
     "skip": ("#9467bd", "o"),

@@ -12,6 +12,10 @@ The base table is teacher forcing with a clean copy: noisy tokens see the clean 
     A      all   <=   <         <     =   all
     G                                     all    a goal image, where there is one; it is no mode: any mode may be given one
 
+A model with a value head has one row more, of a token that nobody sees, so that nothing else changes by it:
+
+    R      all   <=   <         <         all     the value of a block (and R sees itself); a valuation opens `Ac` or `Vc` of its block
+
 A mode opens cells in the same block: `joint` lets actions see the noisy video, `imagine` the clean one, and so on.  Some pairs of
 openings leak (video -> actions -> clean video is the target itself, two hops away).  So every table is checked when it is built:
 what a predicted token can reach, over any number of layers, must exist when that token is predicted.
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 _SIGNS = {NONE: frozenset[int](), PAST: frozenset({-1}), SAME: frozenset({0}), PAST_AND_SAME: frozenset({-1, 0}), ALL: frozenset({-1, 0, 1})}  # of block_k - block_q
 
 Cells = Mapping[tuple[Kind, Kind], str]
-_H, _S, _VC, _V, _AC, _A, _G = Kind.H, Kind.S, Kind.VC, Kind.V, Kind.AC, Kind.A, Kind.G
+_H, _S, _VC, _V, _AC, _A, _G, _R = Kind.H, Kind.S, Kind.VC, Kind.V, Kind.AC, Kind.A, Kind.G, Kind.R
 
 BASE: Cells = {
     (_H, _H): ALL,
@@ -50,6 +54,7 @@ BASE: Cells = {
     **{(_A, _H): ALL, (_A, _S): PAST_AND_SAME, (_A, _VC): PAST, (_A, _AC): PAST, (_A, _A): SAME, (_A, _G): ALL},
     (_G, _G): ALL,
 }
+VALUE_ROW: Cells = {(_R, _H): ALL, (_R, _S): PAST_AND_SAME, (_R, _VC): PAST, (_R, _AC): PAST, (_R, _G): ALL, (_R, _R): SAME}
 
 
 class LeakError(ValueError):
@@ -322,6 +327,10 @@ _SINGLE = (  # conditions are levels of the noisy copy instead of clean tokens (
     Mode("forward", _MUTUAL, {}, _VIDEO, "video beside given actions, held clean", pinned={_A: 0.0}, live=(_V, _A)),
     Mode("video", _MUTUAL, {}, _VIDEO, "video beside actions that stay pure noise", pinned={_A: 1.0}, live=(_V, _A)),
 )
+_VALUATIONS: dict[str, tuple[Kind, str]] = {  # what of its own block a value token sees
+    "action": (_AC, "the value of what is about to be done: Q(s, a)"),
+    "outcome": (_VC, "the value of what came, or is imagined to come, of it: V(s')"),
+}
 _FORMS = {"clean": {m.name: m for m in _CLEAN}, "single": {**{m.name: m for m in _CLEAN}, **{m.name: m for m in _SINGLE}}}
 
 
@@ -332,17 +341,19 @@ class Relations:
     noisy tokens themselves, held at level 0 (given) or 1 (absent), and video and actions see each other in every such mode.
     """
 
-    def __init__(self, config: RelationsConfig | None = None, predict_first_frame: bool = False):
+    def __init__(self, config: RelationsConfig | None = None, predict_first_frame: bool = False, values: bool = False):
         """Read the cells of `config` over `BASE`.
 
         Args:
             predict_first_frame: V in block -1, a noisy copy of H, is predicted too, and so must not see H.
+            values: the model has a value head.
 
         Raises:
             ValueError: an unknown kind or relation.
         """
         config = config or RelationsConfig()
-        self.base: Cells = {**BASE, **parse_cells(config.cells)}
+        self.base: Cells = {**BASE, **(VALUE_ROW if values else {}), **parse_cells(config.cells)}
+        self.valuations: tuple[str, ...] = tuple(_VALUATIONS) if values else ()
         self.copies = config.copies
         self.modes: tuple[str, ...] = tuple(_FORMS["clean"])
         self._predict_first_frame = predict_first_frame
@@ -355,7 +366,7 @@ class Relations:
         Raises:
             ValueError: a window of several blocks whose later blocks would never see an observation.
         """
-        relations = Relations(config.relations, config.training.predict_first_frame)
+        relations = Relations(config.relations, config.training.predict_first_frame, config.model.value != "none")
         if config.timeline.blocks > 1 and not relations.remembers:
             raise ValueError(
                 f"timeline.blocks is {config.timeline.blocks}, but relations.cells (preset {config.preset!r}) let nothing see earlier blocks; set timeline.blocks=1"
@@ -383,6 +394,25 @@ class Relations:
                 mode.table.refuse_leaks(_V, lambda kind, block: kind is _G or (kind, block) == (_V, FIRST_BLOCK), name, FIRST_BLOCK)
             self._built[name] = mode
         return self._built[name]
+
+
+    def valuation(self, name: str) -> Mode:
+        """How a value token alone is asked: of a block's actions (`action`) or of its video (`outcome`).
+
+        Raises:
+            ValueError: the model has no value head, or there is no such valuation.
+            LeakError: with the path along which the table leaks.
+        """
+        if name not in self.valuations:
+            have = f"valuations: {', '.join(self.valuations)}" if self.valuations else "this model has no value head; train one with model.value=success"
+            raise ValueError(f"unknown valuation {name!r}; {have}")
+        kind, about = _VALUATIONS[name]
+        return Mode(f"value of the {name}", {(_R, kind): SAME}, {_R: frozenset({kind})}, frozenset({_R}), about, live=(_R,), base=self.base)
+
+    def valued(self, mode: str, valuation: str) -> Mode:
+        """A mode whose blocks have a value token beside all else.  Raises as `mode` and `valuation`."""
+        own, value = self.mode(mode), self.valuation(valuation)
+        return replace(own, opened={**own.opened, **value.opened}, given={**own.given, **value.given}, predicts=own.predicts | value.predicts)
 
 
 def parse_cells(cells: Mapping[str, str]) -> dict[tuple[Kind, Kind], str]:
@@ -418,6 +448,11 @@ _NEED_MORE = ("inverse", "forward")  # than an observation: the video that comes
 def trained_modes(config: Config) -> tuple[str, ...]:
     """The modes that are drawn in training."""
     return tuple(name for name, weight in config.training.modes.items() if weight > 0)
+
+
+def trained_valuations(config: Config) -> tuple[str, ...]:
+    """The valuations that are drawn in training; none where the model has no value head."""
+    return tuple(name for name, weight in config.training.valuations.items() if weight > 0) if config.model.value != "none" else ()
 
 
 def acting_modes(config: Config) -> tuple[str, ...]:

@@ -11,7 +11,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from wam.config import Config
-from wam.relations import BASE, NONE, Cells, LeakError, Mode, Reach, Relations, RelationTable, get_mode, trained_modes, untrained_mode_warning
+from wam.relations import (
+    BASE,
+    NONE,
+    VALUE_ROW,
+    Cells,
+    LeakError,
+    Mode,
+    Reach,
+    Relations,
+    RelationTable,
+    get_mode,
+    trained_modes,
+    trained_valuations,
+    untrained_mode_warning,
+)
 from wam.timeline import FIRST_BLOCK, Kind
 
 RELATION_WORDS = {"": "never", "<": "of earlier blocks", "=": "of its own block", "<=": "up to its own block", "all": "always"}
@@ -22,7 +36,8 @@ def describe(mode: str | Mode) -> str:
     mode = get_mode(mode) if isinstance(mode, str) else mode
     predicts = ", ".join(k.label for k in Kind if k in mode.predicts)
     held = "".join(f"; {kind.label} is held at level {level:g}" for kind, level in mode.pinned.items())
-    return f"{mode.name}: {mode.about}\npredicts {predicts}{held}; rows attend to columns; * is opened by the mode\n\n" + _table(mode.table.cells, mode.opened, tuple(Kind))
+    kinds = [kind for kind in Kind if kind is not Kind.R or kind in mode.predicts]
+    return f"{mode.name}: {mode.about}\npredicts {predicts}{held}; rows attend to columns; * is opened by the mode\n\n" + _table(mode.table.cells, mode.opened, kinds)
 
 
 def _table(cells: Cells, marked: Collection[tuple[Kind, Kind]], kinds: Sequence[Kind]) -> str:
@@ -58,8 +73,9 @@ def describe_config(config: Config) -> str:
     """
     relations = Relations.of(config)
     modes = [relations.mode(name) for name in trained_modes(config)]
-    kinds = present_kinds(config, modes)
-    changed = {pair for pair in relations.base if relations.base[pair] != BASE.get(pair, NONE)}
+    valuations = [relations.valuation(name) for name in trained_valuations(config)]
+    kinds = present_kinds(config, [*modes, *valuations])
+    changed = {pair for pair in relations.base if relations.base[pair] != (BASE | VALUE_ROW).get(pair, NONE)}
     parts = [
         f"preset {config.preset}",
         "\n".join(_setting_lines(config, relations)),
@@ -67,6 +83,8 @@ def describe_config(config: Config) -> str:
         + _table(relations.base, changed, kinds),
         "modes in training\n" + "\n".join(_mode_lines(config, modes)),
     ]
+    if valuations:
+        parts.append("values in training, beside every mode\n" + "\n".join(_valuation_lines(config, valuations)))
     others = [line for name in relations.modes if (line := _other_line(config, relations, name, [m.name for m in modes]))]
     return "\n\n".join([*parts, *(["other modes\n" + "\n".join(others)] if others else [])])
 
@@ -99,6 +117,12 @@ def _mode_lines(config: Config, modes: Sequence[Mode]) -> list[str]:
     return lines
 
 
+def _valuation_lines(config: Config, valuations: Sequence[Mode]) -> list[str]:
+    weights = config.training.valuations
+    shares = [weights[name] / sum(weights.values()) for name in trained_valuations(config)]
+    return [f"  {mode.name:<24}{share:>5.0%}  {', '.join(f'R sees {k.label} {RELATION_WORDS[mode.table.relation(q, k)]}' for q, k in mode.opened)}" for mode, share in zip(valuations, shares, strict=True)]
+
+
 def _other_line(config: Config, relations: Relations, name: str, trained: Sequence[str]) -> str | None:
     if name in trained:
         return None
@@ -128,8 +152,8 @@ class Span:
 def spans_of(config: Config, mode: Mode, kinds: Collection[Kind], blocks: int = 2) -> list[Span]:
     """The segments of a small training window, kind after kind."""
     found = []
-    for kind in (Kind.G, Kind.H, Kind.VC, Kind.V, Kind.S, Kind.AC, Kind.A):
-        if kind not in kinds:
+    for kind in (Kind.G, Kind.H, Kind.VC, Kind.V, Kind.S, Kind.AC, Kind.A, Kind.R):
+        if kind not in kinds or (kind is Kind.R and kind not in mode.predicts):
             continue
         if kind in (Kind.H, Kind.G):
             found.append(Span(kind, FIRST_BLOCK))
@@ -151,6 +175,7 @@ def picture(table: RelationTable, spans: Sequence[Span], reach: Reach) -> str:
 
 def pictures(config: Config) -> str:
     """`picture` of every mode that a config trains."""
-    modes = [Relations.of(config).mode(name) for name in trained_modes(config)]
+    relations = Relations.of(config)
+    modes = [relations.mode(name) for name in trained_modes(config)] + [relations.valuation(name) for name in trained_valuations(config)]
     kinds, reach, blocks = present_kinds(config, modes), Reach.of(config.timeline), min(2, config.timeline.blocks)
     return "\n\n".join(f"{m.name}\n{picture(m.table, spans_of(config, m, kinds, blocks), reach)}" for m in modes)

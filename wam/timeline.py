@@ -4,6 +4,7 @@
     latents  H   |  z1 ... zk            |  z(k+1) ... z2k       |   H = first frame, alone in its latent
     state        |  S0                   |  S1                   |   at the block's first control step
     actions      |  a0 ... a(A-1)        |  aA ... a(2A-1)       |   A control steps
+    value        |                    R0 |                    R1 |   how good it is to be at the block's end, where the model has a value head
 
 A token has a *kind*, a *block*, a *position* (time, row, column, index) and a *noise level*.  Nothing else in the codebase knows where
 a token sits in a sequence: the relation table asks for kind and block, rotary positions for the position, modulation for the level.
@@ -46,6 +47,7 @@ class Kind(IntEnum):
     AC = 4  # clean (executed) actions
     A = 5  # noisy actions, to be predicted
     G = 6  # goal image
+    R = 7  # value of a block: what will come of the episode
 
     @property
     def label(self) -> str:
@@ -103,6 +105,7 @@ class Clock:
             Kind.V: t.latents_per_block * self.patches,
             Kind.AC: t.actions_per_block,
             Kind.A: t.actions_per_block,
+            Kind.R: 1,
         }[kind]
 
     def frames(self, block: int) -> range:
@@ -120,7 +123,7 @@ class Clock:
         if kind in VIDEO_KINDS:
             block = FIRST_BLOCK if kind is Kind.H else block
             return Segment(kind, block, self._patches(self.frames(block)))
-        return Segment(kind, block, self._state(block) if kind is Kind.S else self._actions(block))
+        return Segment(kind, block, {Kind.S: self._state, Kind.R: self._value}.get(kind, self._actions)(block))
 
     def _state(self, block: int) -> Tensor:
         t, states = self.timeline, torch.arange(self.timeline.states_per_block)
@@ -138,6 +141,12 @@ class Clock:
             inside = torch.arange(1, n + 1, dtype=torch.float64) / (n + 1)
             return _timed((torch.arange(first, first + k, dtype=torch.float64)[:, None] + inside).flatten())
         return _timed(torch.arange(1, steps + 1, dtype=torch.float64) * k / steps + first - 1)
+
+    def _value(self, block: int) -> Tensor:
+        """Where the block's last action ends."""
+        if self.positions == "index":
+            return _indexed(torch.tensor([(block + 1) * self.timeline.actions_per_block - 1]))
+        return _timed(torch.tensor([self.frames(block)[-1]], dtype=torch.float64))
 
     def _patches(self, frames: Sequence[float]) -> Tensor:
         rows, columns = (torch.arange(n, dtype=torch.float64) for n in self.grid)
@@ -200,20 +209,22 @@ class Parts:
         goal: a goal image (G) first.
         noisy_first: the first frame has a noisy copy that is predicted (V in block -1).
         states: state tokens (S).
+        values: value tokens (R).
     """
 
     goal: bool = False
     noisy_first: bool = False
     states: bool = True
+    values: bool = False
 
 
 def training_layout(clock: Clock, blocks: int, parts: Parts = Parts()) -> Layout:
-    """`[G | H Vc...Vc | V...V | S...S | Ac...Ac | A...A]`: the clean copy of a window beside the noisy one (teacher forcing)."""
+    """`[G | H Vc...Vc | V...V | S...S | Ac...Ac | A...A | R...R]`: the clean copy of a window beside the noisy one (teacher forcing)."""
     order = [clock.segment(Kind.G, FIRST_BLOCK)] if parts.goal else []
     if clock.timeline.first_frame == "before":
         order.append(clock.segment(Kind.H, FIRST_BLOCK))
     order += [clock.segment(Kind.VC, block) for block in range(blocks)]
     order += [clock.segment(Kind.V, block) for block in range(FIRST_BLOCK if parts.noisy_first else 0, blocks)]
-    for kind in (Kind.S, Kind.AC, Kind.A) if parts.states else (Kind.AC, Kind.A):
+    for kind in (*((Kind.S,) if parts.states else ()), Kind.AC, Kind.A, *((Kind.R,) if parts.values else ())):
         order += [clock.segment(kind, block) for block in range(blocks)]
     return Layout(tuple(order))

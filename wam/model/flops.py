@@ -30,7 +30,7 @@ class Work:
         pairs: of queries and keys in self-attention, all tokens together.
         video_levels, action_levels: distinct noise levels that are embedded.
         predicted, acted: tokens that the video head, and that the action head is applied to.
-        states: of the action tokens, those that are states.
+        states, values: of the action tokens, those that are states, and those that are values.
         instructions: texts that are projected, and whose cross-attention keys and values are computed, for this row; 0: ahead.
         images: likewise.
     """
@@ -45,6 +45,7 @@ class Work:
     states: int = 0
     instructions: int = 0
     images: int = 0
+    values: int = 0
 
 
 def linear(tokens: int, inputs: int, outputs: int) -> int:
@@ -93,13 +94,14 @@ def _levels(config: Config, work: Work) -> int:
 
 
 def _actions(config: Config, work: Work) -> int:
-    m, actions = config.model, work.action - work.states
+    m, actions = config.model, work.action - work.states - work.values
     width, hidden = m.token_width, m.mlp_hidden or m.token_width
     into = linear(actions, m.actions, width) + (linear(actions, 2 * width, width) + linear(actions, width, width) if m.action_embed == "level_mlp" else 0)
     states = linear(work.states, m.states, hidden) + linear(work.states, hidden, width) if m.state == "token" else 0
     mlp = m.action_head in ("modulated_mlp", "mlp")
     out = linear(work.acted, width, hidden) + linear(work.acted, hidden, m.actions) if mlp else linear(work.acted, width, m.actions)
-    return into + states + out
+    value = linear(work.values, width, width) + linear(work.values, width, 1)
+    return into + states + out + value
 
 
 # ------------------------------------------------------------------------------------------------ of what is measured
@@ -120,9 +122,9 @@ def window_work(config: Config, layout: Layout, pairs: int) -> Work:
 
     m, video = config.model, count(*VIDEO_KINDS)
     patches = math.prod(size // config.codec.patch // p for size, p in zip(config.codec.image_size, m.patch[1:], strict=True))
-    action, clean = count(*ACTION_KINDS, Kind.S), sum(bool(count(kind)) for kind in (Kind.S, Kind.AC))
+    action, clean = count(*ACTION_KINDS, Kind.S, Kind.R), sum(bool(count(kind)) for kind in (Kind.S, Kind.AC, Kind.R))
     image = int(m.image_dim is not None)
-    return Work(video, action, pairs, video // patches, count(Kind.A) + clean, count(Kind.V), count(Kind.A), count(Kind.S), instructions=1, images=image)
+    return Work(video, action, pairs, video // patches, count(Kind.A) + clean, count(Kind.V), count(Kind.A), count(Kind.S), instructions=1, images=image, values=count(Kind.R))
 
 
 def training_flops(config: Config, layout: Layout, modes: Sequence[Mode], reach: Reach) -> tuple[dict[str, int], int]:

@@ -6,6 +6,8 @@ Three paths, and no flags inside any of them:
     prefill         one clean segment (G, H, S, Vc, Ac) or register written into the cache
     denoise         noisy segments (V, A) of one block against the cache; no mask        -> velocities of V and A
 
+    appraise        where there is a value head: a clean segment (Ac, Vc) of one block and its R against the cache  -> values
+
     video kinds   -- patches --> backbone.blocks ---------------.--> video head
                                                   one attention |
     action kinds  -- encoders -> backbone.blocks, or expert ----'--> action decoder
@@ -34,7 +36,8 @@ from wam.model.conditions import Conditions
 from wam.model.expert import Expert, TimeEmbedder, run_both
 from wam.model.loading import backbone_arguments, model_from_backbone
 from wam.model.rotary import Rotary
-from wam.model.view import View, make_view
+from wam.model.value import ValueHead
+from wam.model.view import View, attend_after, make_view
 from wam.model.window_mask import WindowMask
 from wam.relations import Relations, RelationTable
 from wam.text.bytes import ByteText
@@ -157,6 +160,7 @@ class WorldActionModel(nn.Module):
         if config.codec.views > 1:
             self.view_table = nn.Parameter(torch.zeros(config.codec.views, backbone.width))
         self.relations = Relations.of(config)
+        self.value_head = ValueHead(m.token_width) if m.value != "none" else None
 
     @classmethod
     def from_pretrained_backbone(cls, path_or_repo: str | Path, config: Config, text: Text | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> WorldActionModel:
@@ -327,7 +331,7 @@ class WorldActionModel(nn.Module):
     def training_layout(self, blocks: int) -> Layout:
         """Every token of a training window of `blocks` blocks."""
         m = self.config.model
-        return training_layout(self.clock, blocks, Parts(m.goal_image, self.config.training.predict_first_frame, m.state == "token"))
+        return training_layout(self.clock, blocks, Parts(m.goal_image, self.config.training.predict_first_frame, m.state == "token", m.value != "none"))
 
     def forward_train(self, window: Window, conditions: Conditions, mask: TrainingMask, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         """Velocities of the noisy video and actions of a whole window.
@@ -339,14 +343,30 @@ class WorldActionModel(nn.Module):
         Returns:
             Video (B, C, frames of `noisy_BCFHW`, h, w) and actions (B, N A, .).
         """
-        layout = layout or self.training_layout(window.noisy_action_BTA.shape[1] // self.config.timeline.actions_per_block)
+        layout = layout or self._whole_layout(window)
+        return self._velocities(self.hidden_train(window, conditions, mask, layout), window, layout)
+
+    def forward(self, window: Window, conditions: Conditions, mask: TrainingMask, layout: Layout | None = None) -> tuple[Tensor, ...]:
+        """`forward_train`, and after its two the logits of values (B, N) where the model has a value head; what a wrapper (DDP, DeepSpeed, FSDP) calls, so that its hooks run."""
+        layout = layout or self._whole_layout(window)
         hidden = self.hidden_train(window, conditions, mask, layout)
+        return (*self._velocities(hidden, window, layout), *self._values(hidden, layout))
+
+    def _whole_layout(self, window: Window) -> Layout:
+        return self.training_layout(window.noisy_action_BTA.shape[1] // self.config.timeline.actions_per_block)
+
+    def _values(self, hidden: Hidden, layout: Layout) -> tuple[Tensor, ...]:
+        if self.value_head is None:
+            return ()
+        assert hidden.action_BLE is not None
+        values = layout.span(Kind.R)
+        return (self.value_head(hidden.action_BLE[:, values.start - layout.video_tokens : values.stop - layout.video_tokens]),)
+
+    def _velocities(self, hidden: Hidden, window: Window, layout: Layout) -> tuple[Tensor, Tensor]:
         video = self.video_velocity(hidden, layout.span(Kind.V), window.noisy_BCFHW, window.video_t_BF)
         actions = layout.span(Kind.A)
         first = layout.video_tokens
         return video, self.action_velocity(hidden, slice(actions.start - first, actions.stop - first), window.embodiment_B)
-
-    forward = forward_train  # what a wrapper (DDP, DeepSpeed, FSDP) calls, so that its hooks run
 
     def hidden_train(self, window: Window, conditions: Conditions, mask: TrainingMask, layout: Layout) -> Hidden:
         """Every token of a training window after the last block; heads may read any of them."""
@@ -403,6 +423,12 @@ class WorldActionModel(nn.Module):
         tokens.append(self._encode_actions(window.noisy_action_BTA, window.action_t_BT, embodiment))
         levels.append(window.action_t_BT)
         runs += [1] * window.action_t_BT.shape[1]
+        valued = sum(s.kind is Kind.R for s in layout.segments)
+        if valued:
+            assert self.value_head is not None
+            tokens.append(self.value_head.tokens(len(zero_B1), valued).type_as(tokens[-1]))
+            levels.append(zero_B1)
+            runs.append(valued)
         return torch.cat(tokens, dim=1), self._action_levels(torch.cat(levels, dim=1), tuple(runs))
 
     # ------------------------------------------------------------------------------------------ inference
@@ -429,21 +455,18 @@ class WorldActionModel(nn.Module):
         segments = [self.clock.segment(kind, block) for block in blocks]
         stream = self._embed_segment(kind, value, blocks, conditions, embodiment_B, timestep)
         cache.forget(kind, blocks)
-        prefix = cache.read(_without(cache, kind, blocks, cache.visible(table, kind, blocks)), own=0)
+        prefix = cache.read(cache.without(cache.visible(table, kind, blocks), kind, blocks), own=0)
         index = cache.place(segments)
         rotary = Rotary.at(torch.stack([s.positions for s in segments]), self.backbone.config.attention_head_dim, self.device)
-        among = table.allow(kind, 0, kind, 0)
+        among, backend = table.allow(kind, 0, kind, 0), self.config.model.attention
         assert among, f"{kind.label} must see itself to be cached"
 
         def attends(layer: int) -> Attend:
+            before = prefix.of_layer(layer)
+
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 cache.write(layer, index, k, v)
-                keys = torch.cat([prefix.keys[layer].type_as(k), rotary.rotate(k)], dim=1)
-                values = torch.cat([prefix.values[layer].type_as(v), v], dim=1)
-                mask = None
-                if prefix.mask_B11S is not None:
-                    mask = torch.cat([prefix.mask_B11S, prefix.mask_B11S.new_ones(len(q), 1, 1, k.shape[1])], dim=-1)
-                return attention(rotary.rotate(q), keys, values, mask, self.config.model.attention)
+                return attend_after(before, rotary.rotate(q), rotary.rotate(k), v, backend)
 
             return attend
 
@@ -500,6 +523,29 @@ class WorldActionModel(nn.Module):
             action = self._stream(x, ahead.action, conditions, video=False)
         return self.run(video, action, view.attends)
 
+    def appraisal_view(self, cache: KVCache, table: RelationTable, kind: Kind, blocks: list[int]) -> View:
+        """What a clean segment of `kind` (Ac or Vc) and its block's value token see in the cache and of each other."""
+        return make_view(cache, table, (kind, Kind.R), blocks, self.config.model.attention)
+
+    def appraise(self, view: View, kind: Kind, value: Tensor, conditions: Conditions, embodiment_B: Tensor, timestep: float | Tensor = 0.0) -> Tensor:
+        """Logits (B,) of the value of one block, of its actions (B, A, .) or its latents (B, C, k, h, w), which are not written anywhere.
+
+        Args:
+            view: of `appraisal_view`, with the same kind.
+            timestep: the level that imagined video stopped at.
+        """
+        assert self.value_head is not None, "no value head"
+        own = self._embed_segment(kind, value, view.blocks, conditions, embodiment_B, timestep)
+        token = self.value_head.tokens(len(value), 1).to(self.backbone.dtype)
+        zero_B1 = torch.zeros(len(value), 1, device=value.device)
+        if kind in VIDEO_KINDS:
+            hidden = self.run(own, self._stream(token, self._action_levels(zero_B1, (1,)), conditions, video=False), view.attends)
+        else:
+            x = torch.cat([own.x_BLD, token.type_as(own.x_BLD)], dim=1)
+            hidden = self.run(None, self._stream(x, self._action_levels(zero_B1, (x.shape[1],)), conditions, video=False), view.attends)
+        assert hidden.action_BLE is not None
+        return self.value_head(hidden.action_BLE[:, -1:]).squeeze(1)
+
     def embed_ahead(self, steps: Sequence[Noisy]) -> list[Ahead]:
         """Embed the noise levels of all steps of a plan at once: they are known beforehand, and one pass over the embedder's weights serves them all.
 
@@ -550,9 +596,3 @@ def _frames(layout: Layout, clock: Clock, *kinds: Kind) -> list[int]:
 
 def _take(x_BCFHW: Tensor, frames: Any) -> Tensor:
     return x_BCFHW if len(frames) == x_BCFHW.shape[2] else x_BCFHW[:, :, list(frames)]
-
-
-def _without(cache: KVCache, kind: Kind, blocks: list[int], visible_BS: Tensor) -> Tensor:
-    """A segment that is written again must not see its own earlier version."""
-    stale = (cache.kinds_BS == int(kind)) & (cache.blocks_BS == torch.tensor(blocks).unsqueeze(1))
-    return visible_BS & ~stale

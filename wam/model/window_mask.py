@@ -23,7 +23,7 @@ from wam.model.attention import Backend, attention
 from wam.timeline import Kind, Layout
 
 _CLEAN = None  # the group of clean tokens; a noisy block's group is its number
-_NOISY = frozenset({Kind.V, Kind.A})
+_NOISY = frozenset({Kind.V, Kind.A, Kind.R})  # a value token, like these, is seen by none but its block's
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     backbone   the video transformer's own weights           expert   blocks of states and actions
     adapters   LoRA on it                                    new      encoders, decoders, a goal's mark
-    text       the embedded text encoder
+    text       the embedded text encoder                     value    the value token and its head
 
 Each part falls into two groups of the optimiser: matrices, which decay, and biases, norms and tables, which do not.  The rate of a
 group at a step is `learning_rate x rate x warm-up x cosine`; it is set, never accumulated, so it is a function of the step.
@@ -20,7 +20,7 @@ from wam.config import Config
 from wam.config_training import GroupConfig, TrainingConfig
 from wam.model.lora import is_adapter, trainable
 
-_STARTS = {"text.": "text", "expert.": "expert", "backbone.": "backbone"}
+_STARTS = {"text.": "text", "expert.": "expert", "backbone.": "backbone", "value_head.": "value"}
 
 
 def part_of(name: str) -> str:

@@ -172,12 +172,13 @@ class _Run:
         self.rates = set_rates(t, self.engine.optimizer, step, progress)
         self.watch.at("forward and backward", step)
         parts, denominator = self._parts(batch, step)
-        weights, mean, losses = torch.tensor([t.video_weight, t.action_weight], device=self.engine.device), torch.zeros(2, device=self.engine.device), []
+        weights, losses = torch.tensor([t.video_weight, t.action_weight, t.value_weight][: len(denominator)], device=self.engine.device), []
+        mean = torch.zeros_like(weights)
         for number, (rows, drawn) in enumerate(parts):
             torch.manual_seed(_dropout_seed(t.seed, step, self.engine.rank * len(parts) + number))
             errors = self.engine.forward(rows, drawn, last=number == len(parts) - 1)
             losses.append(self.objective.assemble(drawn, errors))
-            share = torch.stack([losses[-1].video_part.total(t.reduction), losses[-1].action_part.total(t.reduction)]) / denominator
+            share = torch.stack([part.total(t.reduction) for part in losses[-1].parts]) / denominator
             self.engine.backward((weights * share).sum())
             mean += share.detach()
         return self._update(batch, step, float((weights * self.engine.sum(mean)).sum()), Losses.cat(losses))
@@ -194,7 +195,7 @@ class _Run:
         return losses, norm
 
     def _parts(self, batch: dict[str, Any], step: int) -> tuple[list[tuple[dict[str, Any], Drawn]], Tensor]:
-        """This process's micro-batches with what is drawn for them; and what the whole batch's losses are divided by, (2,)."""
+        """This process's micro-batches with what is drawn for them; and what the whole batch's losses are divided by, (2,); (3,) with a value head."""
         t, engine = self.config.training, self.engine
         each = t.batch_size // engine.world
         size, parts = each // t.accumulate, []
@@ -206,9 +207,9 @@ class _Run:
         modes = torch.stack([torch.bincount(torch.tensor(drawn.modes), minlength=len(self.objective.modes)).double() for _, drawn in parts])
         summed = engine.sum(torch.cat([counts, modes.flatten()]))  # one exchange for both
         if t.bucket:
-            present = summed[2:].view(len(parts), -1) > 0
+            present = summed[len(counts) :].view(len(parts), -1) > 0
             parts = [(rows, replace(drawn, among=frozenset(row.nonzero().flatten().tolist()))) for (rows, drawn), row in zip(parts, present, strict=True)]
-        return parts, summed[:2].clamp_min(1).float().to(engine.device)
+        return parts, summed[: len(counts)].clamp_min(1).float().to(engine.device)
 
     def _skip(self, step: int, reason: str, batch: dict[str, Any], losses: Losses) -> None:
         """Nothing was updated: put the batch on disk, and stop where that happens too often."""

@@ -85,7 +85,7 @@ class Meters:
         dtype = torch.bfloat16 if computes_in_bf16(config, engine.device) else torch.float32
         rate = device_rate(engine.device, dtype, output / RATE) if engine.is_main else None
         bar = tqdm(total=t.steps, initial=start, desc="train", disable=not engine.is_main, dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
-        tally = Tally(list(t.modes), engine.device, t.reduction)
+        tally = Tally(list(t.modes), engine.device, t.reduction, bool(objective.valuations))
         return Meters(config, engine, objective, rate, windows, Writers.of(config, output, start) if engine.is_main else Writers(), tally, bar)
 
     # ------------------------------------------------------------------------------------------ while a step goes on

@@ -4,6 +4,9 @@
     frames -> latents, noised  ->  `Window`  ->  network  ->  squared errors of velocities
     errors x weight of their level x what is supervised  ->  `Losses`, reduced in one of three ways
 
+With a value head every window has a value token a block beside all else, asked of the block's actions or of its video (drawn per sample);
+where it is not known what came of the episode (`outcome` is NaN, or missing), nothing of it is supervised.
+
 Padding, channels a robot does not have, tokens that are given (level 0) and what a mode does not predict are not supervised, so
 samples of different modes share a batch without rescaling one another.  A sample without video, or without states and actions,
 shows nothing in their place: no token of them is seen by another, so what they are made with has no gradient from that sample.
@@ -28,16 +31,19 @@ from wam.config import Config
 from wam.flow import SMALLEST_SIGMA, TIMESTEPS, add_noise, velocity_target
 from wam.model.actions import channel_masks, pad_actions, pad_states
 from wam.model.conditions import Conditions
+from wam.model.value import value_errors, value_target
 from wam.model.wam import TrainingMask, Window, WorldActionModel
 from wam.model.window_mask import WindowMask, window_mask
-from wam.relations import Mode, Reach, block_mask
+from wam.relations import Mode, Reach, block_mask, trained_valuations
 from wam.text.text import prompt
 from wam.timeline import VIDEO_KINDS, Kind, Layout
 from wam.training.draws import Draws
 from wam.training.noise import LevelDraw, draw_levels, draw_modes, level_weights
 
+PARTS = ("video", "action", "value")  # of a loss, the last where there is a value head
 OF_VIDEO, OF_ACTIONS = (Kind.G, Kind.H, Kind.VC, Kind.V), (Kind.S, Kind.AC, Kind.A)  # what a sample without video, or without actions, does not show
-Errors = tuple[Tensor, Tensor, Tensor, Tensor]  # video's and actions' per sample (B,), then per frame and per action (B, .)
+OF_VALUATION = {"action": "has_action", "outcome": "has_video"}  # what a sample must have for its values to be asked of it
+Errors = tuple[Tensor, ...]  # video's and actions' per sample (B,), then per frame and per action (B, .); with a value head its own per sample and per block, and its logits (B, N)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,13 @@ class Losses:
     action_part: Part
     reduction: str = "supervised"
     among: tuple[frozenset[int], ...] = ()
+    value_part: Part | None = None  # with a value head
+    logit_BN: Tensor | None = None  # likewise: what it said, detached
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Video's, actions', and where there is a value head its own."""
+        return (self.video_part, self.action_part, *(() if self.value_part is None else (self.value_part,)))
 
     @staticmethod
     def cat(parts: Sequence[Losses]) -> Losses:
@@ -102,7 +115,10 @@ class Losses:
         if len(parts) == 1:
             return parts[0]
         video, action = (Part.cat([getattr(part, name) for part in parts]) for name in ("video_part", "action_part"))
-        return Losses([mode for part in parts for mode in part.modes], video, action, parts[0].reduction, tuple(among for part in parts for among in part.among))
+        value = [part.value_part for part in parts if part.value_part is not None]
+        logits = [part.logit_BN for part in parts if part.logit_BN is not None]
+        modes, among = [mode for part in parts for mode in part.modes], tuple(among for part in parts for among in part.among)
+        return Losses(modes, video, action, parts[0].reduction, among, Part.cat(value) if value else None, torch.cat(logits) if logits else None)
 
     def video(self) -> Tensor:
         """The loss of the video velocity (0 when none is supervised)."""
@@ -112,12 +128,16 @@ class Losses:
         """The loss of the action velocity (0 when none is supervised)."""
         return self.action_part.mean(self.reduction)
 
+    def value(self) -> Tensor:
+        """The loss of the values (0 when none is supervised, or there is no value head)."""
+        return self.video_part.sum_B.new_zeros(()) if self.value_part is None else self.value_part.mean(self.reduction)
+
     def by_mode(self) -> dict[str, float]:
-        """`<mode>/video` and `<mode>/action`: mean errors over what is supervised, of the modes in the batch."""
+        """`<mode>/video`, `<mode>/action` and `<mode>/value`: mean errors over what is supervised, of the modes in the batch."""
         out = {}
         for name in dict.fromkeys(self.modes):
             rows = torch.tensor([m == name for m in self.modes], device=self.video_part.sum_B.device)
-            for part, errors in (("video", self.video_part), ("action", self.action_part)):
+            for part, errors in zip(PARTS, self.parts, strict=False):
                 n = errors.count_B[rows].sum()
                 if n > 0:
                     out[f"{name}/{part}"] = float(errors.sum_B[rows].detach().sum() / n)
@@ -151,6 +171,8 @@ class Drawn:
         dropped: samples whose instruction is dropped.
         video_seen_BF, action_seen_BTA: what is supervised (of actions, per channel).
         draws: goes on to the noise.
+        valuations: with a value head, what each sample's values are asked of, as an index into `Objective.valuations`.
+        value_BN, value_seen_BN: likewise, what they should be, and where that is known.
     """
 
     modes: list[int]
@@ -161,8 +183,11 @@ class Drawn:
     video_seen_BF: Tensor
     action_seen_BTA: Tensor
     draws: Draws
+    valuations: list[int] | None = None
+    value_BN: Tensor | None = None
+    value_seen_BN: Tensor | None = None
 
-    def counts(self) -> tuple[Part, Part]:
+    def counts(self) -> tuple[Part, ...]:
         """The parts of the losses without their errors: how many tokens are supervised, and how many there are; of what a sample lacks, none."""
         video, action = self.video_seen_BF, self.action_seen_BTA
         channels, none = action.shape[2], torch.zeros(len(video))
@@ -171,17 +196,23 @@ class Drawn:
         return (
             Part(none, video.sum(1), total[0], None, video.float(), video_sigma),
             Part(none, action.sum((1, 2)) / channels, total[1], None, action.sum(2) / channels, self.levels.action_BT),
+            *(() if self.value_seen_BN is None else (Part(none, self.value_seen_BN.sum(1), torch.full((len(none),), float(self.value_seen_BN.shape[1])), None, self.value_seen_BN.float()),)),
         )
 
 
 @dataclass(frozen=True)
 class Laid:
-    """The tokens that some modes need, and who sees whom among them in each of these modes."""
+    """The tokens that some modes need, and who sees whom among them in each of these modes (with a value head, under each valuation)."""
 
     modes: list[int]
     layout: Layout
     dense_MLL: Tensor
     parts: WindowMask | None
+    valuations: int = 1
+
+    def row(self, mode: int, valuation: int) -> int:
+        """Where a mode's mask is."""
+        return self.modes.index(mode) * self.valuations + valuation
 
 
 class Objective:
@@ -191,7 +222,10 @@ class Objective:
         """`device` is where the model will be when it computes; default: where it is."""
         self.config, self.model, self.codec, self.image = config, model, codec, image
         self.device = device or model.device
-        self.modes: list[Mode] = [model.relations.mode(name) for name in config.training.modes]
+        self.valuations = trained_valuations(config)
+        relations = model.relations
+        self.forms: list[list[Mode]] = [[relations.valued(name, v) for v in self.valuations] or [relations.mode(name)] for name in config.training.modes]
+        self.modes: list[Mode] = [forms[0] for forms in self.forms]  # what a mode does to video and actions is the same under every valuation
         self.robot = config.model.embodiment(config.data.embodiment)
         self.reach = Reach.of(config.timeline)
         self.flex = config.model.attention == "flex"
@@ -203,10 +237,10 @@ class Objective:
         """What `among` (indices of modes) need, laid out once."""
         if among not in self._laid:
             order = sorted(among)
-            modes = [self.modes[i] for i in order]
+            modes = [form for i in order for form in self.forms[i]]
             layout = needed(self.model.training_layout(self.config.timeline.blocks), modes, self.reach)
             dense = torch.stack([m.table.dense(layout, self.reach) for m in modes]).to(self.device)
-            self._laid[among] = Laid(order, layout, dense, window_mask(dense, layout))
+            self._laid[among] = Laid(order, layout, dense, window_mask(dense, layout), max(1, len(self.valuations)))
         return self._laid[among]
 
     def __call__(self, batch: dict[str, Any], random: Draws | torch.Generator, mode: str | None = None) -> Losses:
@@ -229,7 +263,23 @@ class Objective:
         video_seen = self._video_seen(batch, levels) & _predicts(modes, Kind.V) & video.unsqueeze(1)
         action_seen = ~batch["action_is_pad"] & levels.action_seeks & _predicts(modes, Kind.A) & action.unsqueeze(1)
         channels = channel_masks(self.config.model)[self.embodiments(batch)].unsqueeze(1) > 0
-        return Drawn(chosen, self.all_modes, levels, hidden, (textless < t.text_dropout).tolist(), video_seen, action_seen.unsqueeze(2) & channels, draws)
+        drawn = Drawn(chosen, self.all_modes, levels, hidden, (textless < t.text_dropout).tolist(), video_seen, action_seen.unsqueeze(2) & channels, draws)
+        return self._draw_values(batch, drawn) if self.valuations else drawn
+
+    def _draw_values(self, batch: dict[str, Any], drawn: Drawn) -> Drawn:
+        """Draw what each sample's values are asked of, last of all, so that the rest is drawn as without a value head; what it lacks they are not asked of."""
+        size, weights = len(drawn.modes), self.config.training.valuations
+        there = torch.stack([has(batch, OF_VALUATION[name]) for name in self.valuations], dim=1)
+        chosen = draw_modes({name: weights[name] for name in self.valuations}, size, drawn.draws, there)
+        return self.valued(batch, drawn, chosen)
+
+    def valued(self, batch: dict[str, Any], drawn: Drawn, valuations: list[int]) -> Drawn:
+        """The same, with values asked of what `valuations` says for every sample."""
+        steps = batch.get("outcome")
+        steps = torch.full((len(valuations), self.config.timeline.blocks), torch.nan) if steps is None else steps.float().cpu()
+        there = torch.stack([has(batch, OF_VALUATION[self.valuations[v]])[i] for i, v in enumerate(valuations)])
+        seen = ~steps.isnan() & there.unsqueeze(1)
+        return replace(drawn, valuations=valuations, value_BN=torch.where(seen, value_target(self.config.model, steps), 0.0), value_seen_BN=seen)
 
     def _fitting(self, video_B: Tensor, action_B: Tensor) -> Tensor | None:
         """(B, modes): those that predict what a sample has and look at nothing that it lacks; where there are none, those that predict it.  None where all have everything."""
@@ -256,17 +306,26 @@ class Objective:
         state = window.state_BNS
         assert state is not None
         conditions = self.conditions_of(batch, state, window.embodiment_B, drawn.dropped)
-        velocity, action_velocity = self.model(window, conditions, self._mask(laid, drawn), laid.layout)
+        velocity, action_velocity, *logits = self.model(window, conditions, self._mask(laid, drawn), laid.layout)
         video = video_errors(velocity, video_target, self._video_weight(window.video_t_BF / TIMESTEPS), drawn.video_seen_BF.to(device))
         weight = level_weights(self.config.noise.action, window.action_t_BT / TIMESTEPS)
         action = action_errors(action_velocity, action_target, weight, drawn.action_seen_BTA.to(device))
         assert video.error_BU is not None and action.error_BU is not None
-        return video.sum_B, action.sum_B, video.error_BU, action.error_BU
+        return (video.sum_B, action.sum_B, video.error_BU, action.error_BU, *(self._value_errors(logits[0], drawn) if logits else ()))
+
+    def _value_errors(self, logit_BN: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the values: errors per sample, per block, and what was said."""
+        assert drawn.value_BN is not None and drawn.value_seen_BN is not None
+        seen = drawn.value_seen_BN.to(logit_BN.device)
+        error = value_errors(logit_BN, drawn.value_BN.to(logit_BN.device)) * seen
+        return error.sum(1), error.detach(), logit_BN.detach()
 
     def assemble(self, drawn: Drawn, errors: Errors) -> Losses:
         """Losses from what was drawn and the errors it led to."""
-        parts = [replace(part.to(errors[0].device), sum_B=errors[i], error_BU=errors[2 + i]) for i, part in enumerate(drawn.counts())]
-        return Losses([self.modes[i].name for i in drawn.modes], parts[0], parts[1], self.config.training.reduction, (drawn.among,) * len(drawn.modes))
+        pairs = [(errors[0], errors[2]), (errors[1], errors[3]), errors[4:6]]
+        parts = [replace(part.to(errors[0].device), sum_B=pair[0], error_BU=pair[1]) for part, pair in zip(drawn.counts(), pairs, strict=False)]
+        value, logit = (parts[2], errors[6]) if len(errors) > 4 else (None, None)
+        return Losses([self.modes[i].name for i in drawn.modes], parts[0], parts[1], self.config.training.reduction, (drawn.among,) * len(drawn.modes), value, logit)
 
     def _video_weight(self, sigma_BF: Tensor) -> Tensor:
         """The level's weight; a head that puts out the data is judged on the data: its velocity's error is 1 / sigma times larger."""
@@ -275,11 +334,11 @@ class Objective:
 
     def _mask(self, laid: Laid, drawn: Drawn) -> TrainingMask:
         """Each sample's mode, without what is hidden in it."""
-        kinds_L, device = laid.layout.kinds_L, self.model.device
+        kinds_L, device, valuations = laid.layout.kinds_L, self.model.device, drawn.valuations or [0] * len(drawn.modes)
         hidden = torch.stack([torch.isin(kinds_L, torch.tensor([int(k) for k in kinds])) for kinds in drawn.hidden])
         if self.flex:
-            return block_mask([self.modes[i].table for i in drawn.modes], laid.layout, self.reach, hidden, device)
-        rows = torch.tensor([laid.modes.index(i) for i in drawn.modes], device=device)
+            return block_mask([self.forms[i][v].table for i, v in zip(drawn.modes, valuations, strict=True)], laid.layout, self.reach, hidden, device)
+        rows = torch.tensor([laid.row(i, v) for i, v in zip(drawn.modes, valuations, strict=True)], device=device)
         if laid.parts is not None:
             parts = laid.parts.select(rows)
             return parts.hide(hidden.to(device)) if bool(hidden.any()) else parts

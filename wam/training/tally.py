@@ -15,31 +15,32 @@ import torch
 from torch import Tensor
 
 from wam.training.engine import Engine
-from wam.training.objective import Losses, Part
+from wam.training.objective import PARTS, Losses, Part
 
 BINS = 10  # of noise levels, equally wide in sigma 0..1
-PARTS = ("video", "action")
 
 
 class Tally:
     """Sums since the last `take`."""
 
-    def __init__(self, modes: Sequence[str], device: torch.device, reduction: str = "supervised"):
+    def __init__(self, modes: Sequence[str], device: torch.device, reduction: str = "supervised", values: bool = False):
+        """`values`: there is a value head."""
         self.modes, self.device, self.reduction = list(modes), device, reduction
+        self.parts = PARTS if values else PARTS[:-1]
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.whole = torch.zeros(len(PARTS), 2, dtype=torch.float64, device=self.device)
-        self.by_mode = torch.zeros(len(PARTS), len(self.modes), 2, dtype=torch.float64, device=self.device)
-        self.by_level = torch.zeros(len(PARTS), BINS, 2, dtype=torch.float64, device=self.device)
+        self.whole = torch.zeros(len(self.parts), 2, dtype=torch.float64, device=self.device)
+        self.by_mode = torch.zeros(len(self.parts), len(self.modes), 2, dtype=torch.float64, device=self.device)
+        self.by_level = torch.zeros(len(self.parts), BINS, 2, dtype=torch.float64, device=self.device)
         self.norm = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def add(self, losses: Losses) -> None:
         """Take in a batch's errors; waits for nothing."""
         rows = torch.tensor([self.modes.index(m) for m in losses.modes]).to(self.device, non_blocking=True)
-        for index, part in enumerate((losses.video_part, losses.action_part)):
+        for index, part in enumerate(losses.parts):
             pair = torch.stack([part.sum_B, part.count_B], dim=1).detach().double()
             self.by_mode[index].index_add_(0, rows, pair)
             self.whole[index] += _fraction(part, self.reduction)
@@ -61,8 +62,8 @@ class Tally:
         """
         flat = torch.cat([x.flatten() for x in (self.whole, self.by_mode, self.by_level, self.norm)])
         numbers = engine.sum(flat).cpu().view(-1, 2)
-        names = [f"train/{p}" for p in PARTS] + [f"train/{m}/{p}" for p in PARTS for m in self.modes]
-        names += [f"level/{p}/{(i + 0.5) / BINS:.2f}" for p in PARTS for i in range(BINS)] + ["grad_norm"]
+        names = [f"train/{p}" for p in self.parts] + [f"train/{m}/{p}" for p in self.parts for m in self.modes]
+        names += [f"level/{p}/{(i + 0.5) / BINS:.2f}" for p in self.parts for i in range(BINS)] + ["grad_norm"]
         self.reset()
         return {name: total / count for name, (total, count) in zip(names, numbers.tolist(), strict=True) if count > 0}
 
