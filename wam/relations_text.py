@@ -75,7 +75,7 @@ def describe_config(config: Config) -> str:
     modes = [relations.mode(name) for name in trained_modes(config)]
     valuations = [relations.valuation(name) for name in trained_valuations(config)]
     kinds = present_kinds(config, [*modes, *valuations])
-    changed = {pair for pair in relations.base if relations.base[pair] != (BASE | VALUE_ROW).get(pair, NONE)}
+    changed = {pair for pair in relations.base if relations.base[pair] != {**BASE, **VALUE_ROW}.get(pair, NONE)}
     parts = [
         f"preset {config.preset}",
         "\n".join(_setting_lines(config, relations)),
