@@ -29,11 +29,9 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
 from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
 
 from wam.evaluation.canvas import describe_renderer, shared_canvas  # noqa: E402
+from wam.evaluation.metaworld_stage import ALTERED, SIMULATION, Stage  # noqa: E402
 
 __all__ = ["MetaWorldEnv", "describe_renderer"]
-
-_PLACED = ("body_pos", "body_quat", "site_pos", "site_quat")  # what tasks move in the model when they place their objects
-_SIMULATION = ("model", "data", "mujoco_renderer")  # attributes that a snapshot of an instance leaves out
 
 
 class MetaWorldEnv:
@@ -43,6 +41,7 @@ class MetaWorldEnv:
     action_dim = 4
     control_hz = CONTROL_HZ
     hold = np.array([0, 0, 0, np.nan], np.float32)  # displacements of zero; the gripper goes on pressing as it did
+    state_noise = np.array([0.01, 0.01, 0.01, 0.05], np.float32)  # standard deviation of a disturbed measurement: metres, and of the opening
 
     def __init__(self, task: str, camera: str = "corner4", image_size: int = 64, max_steps: int = 500) -> None:
         """Build the world.
@@ -70,8 +69,10 @@ class MetaWorldEnv:
         self._camera = _camera_id(self._env.model, camera)
         self._canvas = shared_canvas(self._env.model_name, self._env.model, image_size)
         self._expert = ENV_POLICY_MAP[task]()  # type: ignore[abstract]  # the map holds subclasses
-        self._placed = {name: getattr(self._env.model, name).copy() for name in _PLACED}
-        self._attributes = copy.deepcopy({k: v for k, v in vars(self._env).items() if k not in _SIMULATION})
+        self.stage = Stage(task, self._env, self._camera)  # for disturbances
+        self._built = {name: getattr(self._env.model, name).copy() for name in ALTERED}
+        self._headlight = {name: getattr(self._env.model.vis.headlight, name).copy() for name in ("diffuse", "ambient")}
+        self._attributes = copy.deepcopy({k: v for k, v in vars(self._env).items() if k not in SIMULATION})
         self._observed: npt.NDArray[np.float64] | None = None  # the simulator's 39 numbers, the goal among them
         self._over = True
         self.steps = 0
@@ -79,8 +80,10 @@ class MetaWorldEnv:
     def reset(self, seed: int) -> Observation:
         """Start an episode; the same seed gives the same one, in any process and whatever was run before."""
         env = self._env
-        for name, values in self._placed.items():
+        for name, values in self._built.items():
             getattr(env.model, name)[:] = values
+        for name, values in self._headlight.items():
+            getattr(env.model.vis.headlight, name)[:] = values
         vars(env).update(copy.deepcopy(self._attributes))
         mujoco.mj_resetData(env.model, env.data)
         mujoco.mj_forward(env.model, env.data)
