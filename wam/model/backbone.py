@@ -180,6 +180,7 @@ class Context:
         text_UTD: embedded text in the width of the blocks; or None when `text_keys_values` is given.
         text_keys_values: per layer (k, v), each (U, T, H, Dh), computed ahead.
         image_BMD, image_keys_values: likewise for the image, one per sample; both None where the model takes none.
+        copies: rows of a batch, side by side, that each sample stands for; their queries meet its keys together.
     """
 
     rows_B: Tensor
@@ -187,13 +188,14 @@ class Context:
     text_keys_values: tuple[KeysValues, ...] | None = None
     image_BMD: Tensor | None = None
     image_keys_values: tuple[KeysValues, ...] | None = None
+    copies: int = 1
 
     def select(self, rows: Tensor) -> Context:
-        """The same for some of the samples."""
+        """The same for some of the rows, all copies of a sample or none."""
+        rows = rows[:: self.copies] // self.copies
         image = None if self.image_BMD is None else self.image_BMD[rows]
         image_kv = None if self.image_keys_values is None else tuple((k[rows], v[rows]) for k, v in self.image_keys_values)
-        return Context(self.rows_B[rows], self.text_UTD, self.text_keys_values, image, image_kv)
-
+        return Context(self.rows_B[rows], self.text_UTD, self.text_keys_values, image, image_kv, self.copies)
 
     def followed_by(self, more: Context) -> Context:
         """Each sample's text, and then the text of `more`; keys and values are joined where both have them, and not computed again."""
@@ -232,6 +234,8 @@ def cross_attention(attn: WanAttention, h_BLD: Tensor, context: Context, layer: 
         assert context.text_UTD is not None
         k, v = text_keys_values(attn, context.text_UTD)
     q = _heads(attn.norm_q(attn.to_q(h_BLD)).type_as(v), attn)
+    if context.copies > 1:
+        q = q.unflatten(0, (-1, context.copies)).flatten(1, 2)
     if k.shape[0] == 1:
         k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
     else:
@@ -241,7 +245,7 @@ def cross_attention(attn: WanAttention, h_BLD: Tensor, context: Context, layer: 
         out = out + attention(q, *context.image_keys_values[layer])
     elif context.image_BMD is not None:
         out = out + attention(q, *image_keys_values(attn, context.image_BMD))
-    return attn.to_out[0](out.flatten(2))
+    return attn.to_out[0](out.reshape(h_BLD.shape[0], h_BLD.shape[1], -1))
 
 
 # ------------------------------------------------------------------------------------------------ blocks

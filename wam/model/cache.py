@@ -36,12 +36,19 @@ class Prefix:
         keys, values: per layer, (B, S + own, H, Dh); the last `own` are written at every solver step.
         seen: S.
         mask_B11S: bool, or None when every row sees all S.
+        shared: what comes before, of rows that stand for several of these (`wam.model.shared`); None: nothing.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     seen: int
     mask_B11S: Tensor | None
+    shared: Prefix | None = None
+
+    def of_layer(self, layer: int) -> Prefix:
+        """What one layer needs."""
+        shared = None if self.shared is None else self.shared.of_layer(layer)
+        return Prefix((self.keys[layer],), (self.values[layer],), self.seen, self.mask_B11S, shared)
 
 
 class KVCache:
@@ -125,6 +132,11 @@ class KVCache:
         seen = table.mask(q_kind, q_block, self.kinds_BS, self.blocks_BS, self.reach).squeeze(1)
         return seen & (self.blocks_BS != _EMPTY)
 
+    def without(self, visible_BS: Tensor, kind: Kind, block_B: list[int]) -> Tensor:
+        """What is visible but for one segment per row: one that is written again must not see its own earlier version."""
+        stale = (self.kinds_BS == int(kind)) & (self.blocks_BS == torch.tensor(block_B).unsqueeze(1))
+        return visible_BS & ~stale
+
     def holds(self, kind: Kind, block: int) -> bool:
         """Whether every row has this segment."""
         return bool(((self.kinds_BS == int(kind)) & (self.blocks_BS == block)).any(dim=1).all())
@@ -137,14 +149,9 @@ class KVCache:
         rotary = Rotary.at(self.positions_BS4[:, index], self.keys[0].shape[-1], device)
         on_device = index.to(device)
 
-        def room(values: Tensor) -> Tensor:
-            batch, _, heads, head_dim = values.shape
-            out = values.new_empty(batch, heads, seen + own, head_dim).transpose(1, 2)  # a head's keys lie side by side: attention reads them faster
-            out[:, :seen] = values
-            return out
-
-        keys = tuple(room(rotary.rotate(k.index_select(1, on_device))) for k in self.keys)
-        values = tuple(room(v.index_select(1, on_device)) for v in self.values)
+        shape = (len(visible_BS), seen, own)
+        keys = tuple(room_for([rotary.rotate(k.index_select(1, on_device))], shape, k) for k in self.keys)
+        values = tuple(room_for([v.index_select(1, on_device)], shape, v) for v in self.values)
         mask = None if bool(chosen.all()) else chosen[:, None, None, :].to(device)
         return Prefix(keys, values, seen, mask)
 
@@ -177,3 +184,20 @@ class KVCache:
         out.blocks_BS = torch.cat([c.blocks_BS for c in caches])
         out.positions_BS4 = torch.cat([c.positions_BS4 for c in caches])
         return out
+
+
+def room_for(parts: list[Tensor], shape: tuple[int, int, int], like: Tensor) -> Tensor:
+    """Keys or values `parts` (B, ., H, Dh) one after the other, in a buffer (B, S + own, H, Dh) of which the last `own` are free.
+
+    Args:
+        shape: B, S, own.
+        like: of the heads, type and device.
+    """
+    batch, seen, own = shape
+    heads, head_dim = like.shape[-2:]
+    out = like.new_empty(batch, heads, seen + own, head_dim).transpose(1, 2)  # a head's keys lie side by side: attention reads them faster
+    start = 0
+    for part in parts:
+        out[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+    return out

@@ -38,6 +38,12 @@ class Conditions:
         action = None if self.action is None else self.action.select(rows)
         return Conditions(self.text_UTE, self.rows_B[rows], self.video.select(rows), action, first)
 
+    def copied(self, copies: int) -> Conditions:
+        """The same for `copies` rows of a batch, side by side, in place of each sample; what they cross-attend to is held once."""
+        first = None if self.first_frame_BCFHW is None else self.first_frame_BCFHW.repeat_interleave(copies, 0)
+        action = None if self.action is None else replace(self.action, copies=copies)
+        return Conditions(self.text_UTE, self.rows_B.repeat_interleave(copies), replace(self.video, copies=copies), action, first)
+
     def with_first_frame(self, first_frame_BCFHW: Tensor) -> Conditions:
         """The same with another first frame."""
         return replace(self, first_frame_BCFHW=first_frame_BCFHW)
