@@ -25,7 +25,7 @@ LEVELS = (
     ("wam.cli",),
 )
 APART = {"wam.training", "wam.inference"}
-OPTIONAL = {"metaworld", "mujoco", "decord", "tensorboard", "matplotlib", "xformers", "deepspeed", "peft", "torchcodec", "wandb"}
+OPTIONAL = {"metaworld", "mujoco", "decord", "tensorboard", "matplotlib", "xformers", "deepspeed", "peft", "torchcodec", "wandb", "gymnasium", "gym_pusht", "libero", "lerobot"}
 SIMULATORS = {"metaworld", "mujoco"}  # an environment's own file in wam/evaluation may need its simulator; nothing else may then need that file
 
 
