@@ -55,13 +55,14 @@ KINDS: dict[str, Kind] = {
     "light_changed": Kind(0.35, "of brightness", EPISODE, "step"),
     "occlusion": Kind(0.2, "of the picture", 1.0, "step"),
     "state_noise": Kind(1.0, "usual deviations", EPISODE, "step"),
-    "action_noise": Kind(0.3, "of half the action range", EPISODE, "step"),
+    "action_noise": Kind(1.0, "usual deviations", EPISODE, "step"),
     "frames_dropped": Kind(0.5, "s", 0.5, "step"),
     "latency": Kind(0.1, "s", EPISODE, "step"),
     "paraphrase": Kind(1.0, "sentence", EPISODE, "reset"),
 }
 SHIFT = 0.08  # of the picture's width: `camera_shifted` where a camera cannot be turned
 MOVED = 0.9  # of the object's way to its goal is left: it has begun to move, so the fingers are there, wherever a task measures its object
+MOTION_NOISE, PLACE_NOISE = 0.3, 0.03  # usual deviations of commands that are displacements, and of those that are places, in halves of their range
 STRETCHED = ("gripper_opened", "frames_dropped")  # strength multiplies how long they last
 assert set(KINDS) == set(DISTURBANCES)
 
@@ -173,6 +174,12 @@ def able(env: Any) -> tuple[str, ...]:
     can |= {"action_noise"} if np.isfinite(env.action_low).all() and np.isfinite(env.action_high).all() else set()
     can |= {"paraphrase"} if env.instruction else set()
     return tuple(kind for kind in KINDS if kind in can)
+
+
+def action_deviation(env: Any) -> Floats:
+    """Usual deviations of executed commands (Da,): of commands that a robot repeats to stay where it is (places, grippers), a tenth of the others'."""
+    half = (env.action_high - env.action_low) / 2
+    return np.where(np.isnan(env.hold), PLACE_NOISE, MOTION_NOISE).astype(np.float32) * half
 
 
 class Disturbed:
@@ -350,8 +357,7 @@ class _Running:
             action = action.copy()
             action[-1] = self.env.action_low[-1]
         if self.kind == "action_noise":
-            half = (self.env.action_high - self.env.action_low) / 2
-            noise = self.generator.normal(size=len(action)) * KINDS["action_noise"].size * self.config.strength * half
+            noise = self.generator.normal(size=len(action)) * action_deviation(self.env) * self.config.strength
             action = np.clip(action + noise, self.env.action_low, self.env.action_high).astype(np.float32)
         return action
 
