@@ -30,6 +30,7 @@ class ExecutionConfig:
     missing_frames: Literal["left_out", "forward"] = "forward"  # `ahead`: frames that have not come are left out, or imagined from the decided actions
     forward_steps: int = 2  # `ahead`: solver steps of imagining them
     guidance: float = 5.0  # `guided`: largest weight of the guidance (Black et al. 2025, real-time chunking)
+    gradient: Literal["network", "identity"] = "network"  # `guided`: guidance goes back through the network, or pulls as if its answer stayed (harder, and free)
     budget_ms: float | None = None  # chooses mode and solver steps from measured stage times: the best of `rollout.modes` that fits
 
     def __post_init__(self) -> None:

@@ -21,12 +21,16 @@ In this codebase's convention x = (1 - s) x0 + s noise, the network's u is noise
 which is the paper's equation 2 with its time 1 - s.  Video that is denoised beside the actions is turned by the same gradient: the two are
 one sample.  The factor is also kept from more than one over the length of a step, so that plans of few steps do not overshoot; with the
 paper's 5 steps and weight 5 both bounds are the same.  A step costs a backward pass through the network.
+
+A policy that is sure of itself hardly changes its mind with its noise: J is small, and guidance reaches only what the policy finds likely.
+`gradient="identity"` puts 1 in place of J, as LeRobot's implementation in effect does: it pulls as hard on any policy, at no cost.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,7 +42,13 @@ from wam.timeline import Kind
 
 
 def plan_guided(
-    session: Session, mode: str, sampling: SamplingConfig | None, committed_BdA: np.ndarray | None, promised_BmA: np.ndarray, guidance: float
+    session: Session,
+    mode: str,
+    sampling: SamplingConfig | None,
+    committed_BdA: np.ndarray | None,
+    promised_BmA: np.ndarray,
+    guidance: float,
+    gradient: Literal["network", "identity"] = "network",
 ) -> Plan:
     """Plan the coming block in any mode that plans actions, drawn to what an earlier plan promised.
 
@@ -49,6 +59,7 @@ def plan_guided(
             place of the first promised ones, and are returned as they are.
         promised_BmA: the block's first m actions (B, m, action_dim), from its first control step on, as decided before; physical units.
         guidance: largest weight of the guidance; 0: none.
+        gradient: J of the module's docstring, or 1 in its place, which costs no backward pass.
 
     Raises:
         ValueError: as `Session.plan`; a mode that plans no actions; promised actions that are misshapen, not finite or more than the block has.
@@ -61,7 +72,7 @@ def plan_guided(
     frozen = 0 if committed_BdA is None else committed_BdA.shape[1]
     promised = promised_BmA if committed_BdA is None else np.concatenate([committed_BdA, promised_BmA[:, frozen:]], axis=1)
     _check(session, promised)
-    plan = session.plan(mode, sampling, pull=_pull(session, promised, frozen, guidance) if guidance and promised.shape[1] else None)
+    plan = session.plan(mode, sampling, pull=_pull(session, promised, frozen, guidance, gradient == "network") if guidance and promised.shape[1] else None)
     if committed_BdA is None or plan.actions is None:
         return plan
     return replace(plan, actions=np.concatenate([committed_BdA.astype(np.float32), plan.actions[:, frozen:]], axis=1))
@@ -74,7 +85,7 @@ def soft_weights(frozen: int, overlap: int, steps: int) -> list[float]:
     return [*([1.0] * frozen), *soft, *([0.0] * (steps - max(frozen, overlap)))]
 
 
-def _pull(session: Session, promised_BmA: np.ndarray, frozen: int, guidance: float) -> Pull:
+def _pull(session: Session, promised_BmA: np.ndarray, frozen: int, guidance: float, through_network: bool) -> Pull:
     """What is promised, as the network sees it: normalised, in the padded vector, behind the lead of a first block."""
     t, m = session.config.timeline, promised_BmA.shape[1]
     lead = t.lead if session.block == 0 else 0
@@ -82,7 +93,7 @@ def _pull(session: Session, promised_BmA: np.ndarray, frozen: int, guidance: flo
     towards[:, lead : lead + m] = session._normalized(promised_BmA)
     weights = [0.0] * lead + soft_weights(frozen, m, t.actions_per_block - lead)
     robot_B1A = session.model.robot_channels(session.embodiment_B[: session.batch])
-    return Pull(towards, torch.tensor(weights, device=towards.device)[None, :, None] * robot_B1A, guidance)
+    return Pull(towards, torch.tensor(weights, device=towards.device)[None, :, None] * robot_B1A, guidance, through_network)
 
 
 def _check(session: Session, promised: np.ndarray) -> None:

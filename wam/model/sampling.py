@@ -54,11 +54,13 @@ class Pull:
         towards_BTA: normalised actions (B, A, .).
         weight_BTA: how much each counts: 1 is wanted exactly, 0 is free; 0 in channels that the robot does not have.
         most: the largest weight of the guidance.
+        through_network: what is expected of the actions follows them through the network; else as if the network's answer stayed as it is.
     """
 
     towards_BTA: Tensor
     weight_BTA: Tensor
     most: float
+    through_network: bool = True
 
 
 @dataclass(frozen=True)
@@ -305,21 +307,26 @@ def _velocities_at(places: dict[Kind, Tensor], model: WorldActionModel, view: Vi
 
 def _pulled(model: WorldActionModel, view: View, at: Situation, how: SamplingConfig, tracks: dict[Kind, _Track], i: int, ahead: Ahead) -> _Pair:
     """Velocities turned towards `at.pull`: what is expected of the actions is compared with it, and the difference goes back through the network."""
-    assert at.pull is not None
-    with torch.enable_grad():
-        places = {kind: track.x.detach().requires_grad_(track.solver is not None) for kind, track in tracks.items()}
+    pull = at.pull
+    assert pull is not None
+    with torch.set_grad_enabled(pull.through_network):
+        places = {kind: track.x.detach().requires_grad_(pull.through_network and track.solver is not None) for kind, track in tracks.items()}
         velocities = _velocities_at(places, model, view, at, how, tracks, i, ahead)
-        action = velocities[1]
-        assert action is not None
-        expected = places[Kind.A] - tracks[Kind.A].sigmas[i] * action.float()
-        error = at.pull.weight_BTA * (at.pull.towards_BTA - expected.detach())
-        moving = [kind for kind in places if places[kind].requires_grad]
-        turns = dict(zip(moving, torch.autograd.grad(expected, [places[kind] for kind in moving], error, allow_unused=True), strict=True))
-    video, action = (
-        None if velocity is None else velocity.detach() if turns.get(kind) is None else velocity.detach().float() - _pull_weight(tracks, kind, i, at.pull.most) * turns[kind]
-        for kind, velocity in zip((Kind.V, Kind.A), velocities, strict=True)
-    )
-    return video, action
+        assert velocities[1] is not None
+        expected = places[Kind.A] - tracks[Kind.A].sigmas[i] * velocities[1].float()
+        error = pull.weight_BTA * (pull.towards_BTA - expected.detach())
+        turns: dict[Kind, Tensor | None] = {Kind.A: error}
+        if pull.through_network:
+            moving = [kind for kind in places if places[kind].requires_grad]
+            turns = dict(zip(moving, torch.autograd.grad(expected, [places[kind] for kind in moving], error, allow_unused=True), strict=True))
+
+    def turned(kind: Kind, velocity: Tensor | None) -> Tensor | None:
+        turn = turns.get(kind)
+        if velocity is None or turn is None:
+            return None if velocity is None else velocity.detach()
+        return velocity.detach().float() - _pull_weight(tracks, kind, i, pull.most) * turn
+
+    return turned(Kind.V, velocities[0]), turned(Kind.A, velocities[1])
 
 
 def _pull_weight(tracks: dict[Kind, _Track], kind: Kind, i: int, most: float) -> float:
