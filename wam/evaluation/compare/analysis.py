@@ -21,9 +21,9 @@ from wam.evaluation.compare.claims import answer, claims, limits, speeds, to_jso
 from wam.evaluation.compare.imagined import FOLDER as IMAGINED
 from wam.evaluation.compare.imagined import RESULTS as IMAGINED_RESULTS
 from wam.evaluation.compare.plan import Plan, Row, Variant, describe
-from wam.evaluation.compare.recovery import recovery
 from wam.evaluation.compare.run import BASELINES, LATENCY, checkpoint_of, drive_folder, driven_as
 from wam.evaluation.demo import machine, versions
+from wam.evaluation.recovery import recovery
 from wam.evaluation.rollout import RESULTS as ROLLOUT
 from wam.evaluation.statistics import wilson
 from wam.figures import read_log
@@ -114,6 +114,7 @@ def _row(plan: Plan, output: Path, row: Row, latency: Tree, imagined: Tree) -> T
         "timed_apart": not still,
         "imagination": {k: imagined[row.name][k] for k in ("psnr_db", "static_psnr_db", "gain_db", "clips")} if row.name in imagined else None,
         **{c: _condition(entry, hz) for c, entry in own.items()},
+        "recovery": recovery(own["disturbed"]["episode_results"], hz, own["calm"]["episode_results"]) if "disturbed" in own else None,
     }
 
 
@@ -144,7 +145,6 @@ def _condition(entry: Tree, hz: float) -> Tree:
         "plans": sum(e["chunks"] for e in episodes),
         "plans_by_mode": _summed([e.get("modes", {}) for e in episodes]),
         "flops_a_second": sum(e["flops"] for e in episodes) * hz / executed if executed else None,
-        "recovery": recovery(episodes, hz),
         "episodes_by_seed": [{key: e.get(key) for key in ("seed", "success", "length", "outcome", "chunks")} | {"kinds": [x["kind"] for x in e.get("events", ())]} for e in episodes],
     }
 

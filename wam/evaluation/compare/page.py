@@ -195,7 +195,7 @@ def _results(data: Tree, output: Path) -> Child:
 
 
 def _result(data: Tree, name: str, row: Tree) -> Sequence[Child]:
-    recovery = row["disturbed"]["recovery"] if "disturbed" in row else None
+    recovery = row["recovery"]
     recovered = f"{recovery['recovered']}/{recovery['disturbed']}" if recovery else NOTHING
     imagined = row["imagination"]
     latency = row["latency"]
@@ -226,10 +226,10 @@ def _supported(data: Tree, output: Path) -> Child:
     shown = [c for c in data["claims"] if c["shows"]]
     open_ = [c for c in data["claims"] if not c["shows"]]
     fast = [s for s in data["speeds"] if s["shows"]]
-    first = next((c for c in data["claims"] if c["family"] == "reference"), None)
+    among = sum(c["family"] == "reference" for c in data["claims"])
     intro = (
-        f"Rows are compared on the same seeds, which is fairer than comparing rates: only episodes that one row solves and the other does not count (McNemar's exact test). "
-        f"Every row is tested against {data['reference']}{f' ({first['tests']} comparisons)' if first else ''}, and a few pairs ask the question directly; both lists were fixed before anything was driven, "
+        "Rows are compared on the same seeds, which is fairer than comparing rates: only episodes that one row solves and the other does not count (McNemar's exact test). "
+        f"Every row is tested against {data['reference']} ({among} comparisons), and a few pairs ask the question directly; both lists were fixed before anything was driven, "
         "and p-values are corrected for the length of their list (Holm). A difference counts below 0.05."
     )
     return (
@@ -272,18 +272,20 @@ def _disturbances(data: Tree, output: Path) -> Child:
     if not d["kinds"]:
         return absent("Nothing was disturbed: the comparison names no disturbances.kinds")
     rows = data["rows"]
-    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["disturbed"]["recovery"]["kinds"]))
-    head = ("row", "recovered", "95% interval", "seconds to recover, median", "not disturbed", *(kind.replace("_", " ") for kind in kinds))
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["recovery"]["kinds"]))
+    head = ("row", "recovered", "95% interval", "of those it wins undisturbed", "seconds to recover", "not struck", *(kind.replace("_", " ") for kind in kinds))
     body: list[Sequence[Child]] = []
     for name, row in rows.items():
-        r = row["disturbed"]["recovery"]
+        r = row["recovery"]
         low, high = r["wilson_low"], r["wilson_high"]
         span = NOTHING if low is None else f"{100 * low:.0f}{NOTHING}{100 * high:.0f}%"
+        winnable = r["paired"]["recovered_of_winnable"]
         by_kind = [f"{r['kinds'][kind]['recovered']}/{r['kinds'][kind]['disturbed']}" if kind in r["kinds"] else NOTHING for kind in kinds]
-        body.append((_name(data, name), f"{r['recovered']}/{r['disturbed']}", span, number(r["seconds_p50"], 1), number(r["undisturbed"]), *by_kind))
+        body.append((_name(data, name), f"{r['recovered']}/{r['disturbed']}", span, count(winnable), number(r["seconds_km"], 1), number(r["undisturbed"]), *by_kind))
     caption = (
         f"One of {', '.join(d['kinds'])} in each episode (strength {d['strength']:g}), drawn from the episode's seed and so the same for every row. "
-        "Recovered: episodes that succeed after it happened. Episodes that were won, or over, before it could happen say nothing about recovery and are counted apart."
+        "Recovered: episodes that succeed after it happened, of those in which it did; episodes that were won, or over, before are not struck and say nothing. What a row does decides whether it is struck, so rows are compared by success on all seeds (above). "
+        "Seconds to recover: median, with episodes that never recover counted as watched to their end (Kaplan and Meier); none where more than half do not."
     )
     return table(caption, head, [body])
 
