@@ -1,13 +1,14 @@
 """Pictures: how far two videos are apart, and how they are put side by side for a person.
 
-PSNR is measured where things move.  The mask is defined once, from the real clip alone: a pixel moves if, in any frame, any of its
-channels differs from the clip's first frame by more than 20 of 255.  It is the same for every frame of the clip, for the imagined
-video and for the baseline that copies the first frame, so no method chooses where it is judged.
+PSNR, SSIM and LPIPS are measured where things move.  The mask is defined once, from the real clip alone: a pixel moves if, in any frame,
+any of its channels differs from the clip's first frame by more than 20 of 255.  It is the same for every frame of the clip, for the
+imagined video and for the baselines, so no method chooses where it is judged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,21 @@ def psnr(video_FHWC: np.ndarray, real_FHWC: np.ndarray, mask_HW: np.ndarray | No
     return float(-10 * np.log10(max(error.mean(), 1e-10)))
 
 
-def ssim(video_FHWC: np.ndarray, real_FHWC: np.ndarray) -> float:
-    """Mean structural similarity of uint8 clips (Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5), on luma."""
+_WINDOW = 11  # pixels of SSIM's window
+
+
+def ssim(video_FHWC: np.ndarray, real_FHWC: np.ndarray, mask_HW: np.ndarray | None = None) -> float:
+    """Mean structural similarity of uint8 clips (Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5), on luma.
+
+    Args:
+        mask_HW: only windows whose middle lies in it count.
+
+    Raises:
+        ValueError: no window has its middle in the mask.
+    """
     luma = torch.tensor([0.299, 0.587, 0.114])
     a, b = (torch.from_numpy(x.astype(np.float32) / 255) @ luma for x in (video_FHWC, real_FHWC))
-    offsets = torch.arange(11) - 5
+    offsets = torch.arange(_WINDOW) - _WINDOW // 2
     line = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = (line[:, None] * line[None, :] / line.sum() ** 2)[None, None]
 
@@ -56,7 +67,59 @@ def ssim(video_FHWC: np.ndarray, real_FHWC: np.ndarray) -> float:
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
-    return float((((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+    similar = ((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return float((similar if mask_HW is None else similar[:, _middles(mask_HW)]).mean())
+
+
+def has_windows(mask_HW: np.ndarray) -> bool:
+    """Whether any window of SSIM has its middle in the mask: not where all that moves is at the picture's very edge."""
+    edge = _WINDOW // 2
+    return bool(mask_HW[edge:-edge, edge:-edge].any())
+
+
+def _middles(mask_HW: np.ndarray) -> torch.Tensor:
+    if not has_windows(mask_HW):
+        raise ValueError(f"nothing moves further than {_WINDOW // 2} pixels from the edge of this clip; SSIM over moving pixels is not defined")
+    edge = _WINDOW // 2
+    return torch.from_numpy(mask_HW[edge:-edge, edge:-edge].copy())
+
+
+Lpips = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+
+
+def lpips_is_missing() -> str | None:
+    """Why LPIPS cannot be measured here, and what to do about it; None where it can."""
+    if importlib.util.find_spec("lpips") is None or importlib.util.find_spec("torchvision") is None:
+        return "LPIPS needs the packages lpips and torchvision, which are not installed; run: pip install lpips torchvision"
+    try:
+        from torchvision.models import AlexNet_Weights
+    except (ImportError, RuntimeError) as error:
+        return f"LPIPS needs torchvision, which does not load here ({error}); install the build that fits torch {torch.__version__}"
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.IMAGENET1K_V1.url).name
+    if not weights.is_file():
+        return f"LPIPS needs AlexNet's weights, and {weights} is not there; with a network, run once: python -c 'import lpips; lpips.LPIPS()', or copy the file there"
+    return None
+
+
+def load_lpips() -> Lpips:
+    """LPIPS (Zhang et al. 2018, AlexNet, version 0.1): a function of two uint8 clips (F, H, W, 3) and a mask (H, W), to the mean distance over it; 0 is the same.
+
+    Raises:
+        RuntimeError: it cannot be measured here; says what to install or download.
+    """
+    missing = lpips_is_missing()
+    if missing:
+        raise RuntimeError(missing)
+    import lpips
+
+    network = lpips.LPIPS(net="alex", spatial=True, verbose=False).eval()
+
+    def distance(video_FHWC: np.ndarray, real_FHWC: np.ndarray, mask_HW: np.ndarray) -> float:
+        with torch.no_grad():
+            a, b = (torch.from_numpy(x.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2) for x in (video_FHWC, real_FHWC))
+            return float(network(a, b)[:, 0, torch.from_numpy(mask_HW)].mean())
+
+    return distance
 
 
 def beside(videos: list[np.ndarray], gap: int = 4) -> np.ndarray:

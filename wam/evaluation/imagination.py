@@ -4,7 +4,9 @@
     imagine   the frame and the instruction                            ->  what the policy expects to happen (and the actions to it)
 
 What was imagined enters the memory as if it had been seen, and the next block is imagined from there.  Each clip is compared with what
-really followed and with the baseline that copies the first frame, over the pixels that move (see `wam.pictures`).
+really followed, over the pixels that move (see `wam.pictures`), as a whole and by how far ahead it was imagined; beside it two
+predictors that know nothing of the scene, one that copies the first frame and one that adds the dataset's mean motion to it.  Whether the
+video follows the actions, and whether inverse dynamics finds them in it again, is asked in `wam.evaluation.consistency`.
 """
 
 from __future__ import annotations
@@ -23,15 +25,19 @@ from tqdm import tqdm
 
 from wam.config import Config, ImagineConfig
 from wam.data.dataset import EpisodeView, WindowDataset
+from wam.evaluation.consistency import action_following, inverse_of_forward
+from wam.evaluation.horizon import FIGURE, draw_horizon
+from wam.evaluation.mean_motion import ABOUT, MeanMotion, mean_motion
 from wam.files import write_json_atomic
 from wam.inference.session import Session
-from wam.pictures import MASK, beside, enlarge, moving_mask, psnr, ssim, strip, write_mp4, write_png
+from wam.pictures import MASK, Lpips, beside, enlarge, has_windows, load_lpips, lpips_is_missing, moving_mask, psnr, ssim, strip, write_mp4, write_png
 from wam.pretrained import Policy, from_pretrained
 
 log = logging.getLogger(__name__)
 MODES = ("forward", "imagine")
 RESULTS = "imagine.json"
 FPS = 10  # of the saved videos: slow enough to watch
+METHODS = ("", "static_", "mean_motion_", "codec_")  # what was imagined, two baselines, and the ceiling, as prefixes of the figures' names
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Clip:
         state: (state_dim,) at the first frame.
         executed: (blocks * A, action_dim), physical units.
         states: (blocks * A, state_dim): before each of these actions, where they are relative to a state.
+        labels: (blocks * A, action_dim): what the policy was asked to do at each step, where that is not what was executed.
     """
 
     episode: int
@@ -52,10 +59,11 @@ class Clip:
     executed: np.ndarray
     instruction: str
     states: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
 
 def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str | None = None) -> dict[str, Any]:
-    """Imagine held-out clips in both modes; writes `imagine.json`, videos and strips into `output`, and returns the results.
+    """Imagine held-out clips in both modes; writes `imagine.json`, `horizon.png`, videos and strips into `output`, and returns the results.
 
     Args:
         dataset: root of a LeRobot dataset with the training data's columns; default: the one the checkpoint was trained on.
@@ -64,19 +72,96 @@ def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str 
         ValueError: no held-out episode is long enough, or nothing moves in any of them.
     """
     policy = from_pretrained(checkpoint)
+    t = policy.config.timeline
     clips = held_out_clips(policy.config, config, dataset)
-    results: dict[str, Any] = {"checkpoint": str(checkpoint), "mask": MASK, "blocks": len(clips[0].executed) // policy.config.timeline.actions_per_block, "solver_steps": policy.config.sampling.with_steps(config.steps).steps, "modes": {}}
+    blocks = len(clips[0].executed) // t.actions_per_block
+    judge = _judge(policy, clips, dataset)
+    results: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "mask": MASK,
+        "mean_motion": {"is": ABOUT, "clips": judge.motion.clips if judge.motion else 0},
+        "blocks": blocks,
+        "block_seconds": t.actions_per_block / policy.control_hz,
+        "solver_steps": policy.config.sampling.with_steps(config.steps).steps,
+        "modes": {},
+        "left_out": judge.left_out,
+    }
     videos: dict[str, list[np.ndarray]] = {}
     for mode in tqdm(MODES, desc="imagine", unit="mode"):
         if mode not in policy.config.training.modes:
-            log.warning("the checkpoint was not trained in mode %r (training.modes: %s); left out", mode, ", ".join(policy.config.training.modes))
+            told = f"the checkpoint was not trained in mode {mode!r} (training.modes: {', '.join(policy.config.training.modes)})"
+            results["left_out"][mode] = told
+            log.warning("%s; left out", told)
             continue
         videos[mode] = rollout(policy, clips, mode, config)
-        results["modes"][mode] = {**score(clips, videos[mode]), "blocks": results["blocks"]}
+        results["modes"][mode] = {**score(clips, videos[mode], judge), "blocks": blocks}
+    following, consistency = _following(policy, clips, videos.get("forward"), config, judge), inverse_of_forward(policy, clips, config)
+    for name, measured in (("action_following", following), ("consistency", consistency)):
+        if isinstance(measured, str):
+            results["left_out"][name] = measured
+            log.info("%s is left out: %s", name, measured)
+        else:
+            results[name] = measured
     for index, clip in enumerate(clips[: config.videos]):
         _show(clip, {mode: v[index] for mode, v in videos.items()}, output)
+    _draw(results, output)
     write_json_atomic(output / RESULTS, results)
     return results
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What imagined clips are judged with.
+
+    Attributes:
+        motion: the dataset's mean motion; None leaves that baseline out.
+        codec: the real clips (F, H, W, 3), encoded and decoded; None leaves the ceiling out.
+        lpips: None leaves it out.
+        group: frames that share a point of the curve by horizon: those of one latent.
+        group_seconds: how long they last.
+        left_out: what is not measured, and why.
+    """
+
+    motion: MeanMotion | None = None
+    codec: Sequence[np.ndarray] | None = None
+    lpips: Lpips | None = None
+    group: int = 4
+    group_seconds: float = 1.0
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _judge(policy: Policy, clips: Sequence[Clip], dataset: str | None) -> Judge:
+    t, left_out = policy.config.timeline, {}
+    missing = lpips_is_missing()
+    if missing:
+        left_out["lpips"] = missing
+        log.info("%s; it is left out", missing)
+    data = dataclasses.replace(policy.config.data, root=dataset or policy.config.data.root, cache="none")
+    source = WindowDataset(data, t, "train", image_size=policy.config.codec.image_size, robot=policy.config.model.embodiment(data.embodiment))
+    motion = mean_motion(source, len(clips[0].frames) - 1, t.stride)
+    if motion is None:
+        left_out["mean_motion"] = "no training episode is as long as the clips; use fewer imagine.blocks"
+    group = policy.codec.temporal_stride
+    with torch.no_grad():
+        real = torch.from_numpy(np.stack([clip.frames for clip in clips])).to(policy.model.device)
+        codec = list(policy.codec.decode(policy.codec.encode(real)).cpu().numpy())
+    return Judge(motion, codec, None if missing else load_lpips(), group, group * t.stride / policy.control_hz, left_out)
+
+
+def _following(policy: Policy, clips: Sequence[Clip], videos: Sequence[np.ndarray] | None, config: ImagineConfig, judge: Judge) -> dict[str, Any] | str:
+    if videos is None:
+        return "the checkpoint was not trained in mode 'forward', which is what follows actions"
+    return action_following(clips, videos, lambda others: rollout(policy, others, "forward", config), judge.codec)
+
+
+def _draw(results: dict[str, Any], output: Path) -> None:
+    if not results["modes"]:
+        return
+    try:
+        draw_horizon(results, output / FIGURE)
+    except ImportError as error:
+        results["left_out"]["figure"] = str(error)
+        log.info("no %s: %s", FIGURE, error)
 
 
 def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None = None) -> list[Clip]:
@@ -106,7 +191,7 @@ def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None =
 
 def _clip(episode: int, start: int, view: EpisodeView, steps: int, stride: int) -> Clip:
     acted = slice(start, start + steps)
-    return Clip(episode, start, view.frames[start : start + steps + 1 : stride], view.state[start], view.executed[acted], view.instruction, view.state[acted])
+    return Clip(episode, start, view.frames[start : start + steps + 1 : stride], view.state[start], view.executed[acted], view.instruction, view.state[acted], view.action[acted])
 
 
 def rollout(policy: Policy, clips: Sequence[Clip], mode: str, config: ImagineConfig) -> list[np.ndarray]:
@@ -129,29 +214,75 @@ def rollout(policy: Policy, clips: Sequence[Clip], mode: str, config: ImagineCon
     return [np.concatenate([c.frames[:1], f[1:]]) for c, f in zip(clips, frames, strict=True)]
 
 
-def score(clips: Sequence[Clip], imagined: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Means over clips of PSNR (moving pixels) and SSIM (whole frames), of the imagined video and of copying the first frame."""
-    rows = []
-    for clip, video in zip(clips, imagined, strict=True):
+def score(clips: Sequence[Clip], imagined: Sequence[np.ndarray], judge: Judge | None = None) -> dict[str, Any]:
+    """Means over clips of PSNR, SSIM (whole frames, and moving pixels) and LPIPS, of the imagined video and of the baselines; `horizon`: by time.
+
+    Raises:
+        ValueError: nothing moves in any clip.
+    """
+    judge = judge or Judge()
+    rows: list[dict[str, Any]] = []
+    curves = []
+    for index, (clip, video) in enumerate(zip(clips, imagined, strict=True)):
         mask = moving_mask(clip.frames)
         if not mask.any():
             continue
-        real, still = clip.frames[1:], np.broadcast_to(clip.frames[:1], clip.frames[1:].shape)
-        rows.append(
-            {
-                "episode": clip.episode,
-                "start": clip.start,
-                "psnr_db": psnr(video[1:], real, mask),
-                "static_psnr_db": psnr(still, real, mask),
-                "ssim": ssim(video[1:], real),
-                "static_ssim": ssim(still, real),
-                "moving_fraction": float(mask.mean()),
-            }
-        )
+        videos, real = _videos(clip, video, judge, index), clip.frames[1:]
+        figures = {prefix + key: value for prefix, v in videos.items() for key, value in _figures(v, real, mask, judge.lpips).items()}
+        rows.append({"episode": clip.episode, "start": clip.start, **figures, "moving_fraction": float(mask.mean())})
+        curves.append(_by_horizon(videos, real, mask, judge))
     if not rows:
         raise ValueError("nothing moves in any of the clips; check the camera and the dataset")
-    means = {key: float(np.mean([r[key] for r in rows])) for key in ("psnr_db", "static_psnr_db", "ssim", "static_ssim", "moving_fraction")}
-    return {**means, "gain_db": means["psnr_db"] - means["static_psnr_db"], "clips": len(rows), "still_clips_left_out": len(clips) - len(rows), "per_clip": rows}
+    known = {key: [value for row in rows if (value := row[key]) is not None] for key in rows[0] if key not in ("episode", "start")}
+    means = {key: float(np.mean(values)) for key, values in known.items() if values}
+    gains = {"gain_db": means["psnr_db"] - means["static_psnr_db"]}
+    if "mean_motion_psnr_db" in means:
+        gains["gain_over_mean_motion_db"] = means["psnr_db"] - means["mean_motion_psnr_db"]
+    return {**means, **gains, "clips": len(rows), "still_clips_left_out": len(clips) - len(rows), "horizon": _mean_curve(curves, judge), "per_clip": rows}
+
+
+def _videos(clip: Clip, video: np.ndarray, judge: Judge, index: int) -> dict[str, np.ndarray]:
+    """What was imagined, what the baselines expect and what the codec makes of the truth, without the first frame, by prefix."""
+    videos = {"": video[1:], "static_": np.broadcast_to(clip.frames[:1], clip.frames[1:].shape)}
+    if judge.motion is not None:
+        videos["mean_motion_"] = judge.motion.video(clip.frames[0], len(video) - 1)
+    if judge.codec is not None:
+        videos["codec_"] = judge.codec[index][1:]
+    return videos
+
+
+def _figures(video: np.ndarray, real: np.ndarray, mask: np.ndarray, lpips: Lpips | None) -> dict[str, float | None]:
+    moving = ssim(video, real, mask) if has_windows(mask) else None
+    perceived = {} if lpips is None else {"lpips": lpips(video, real, mask)}
+    return {"psnr_db": psnr(video, real, mask), "ssim": ssim(video, real), "moving_ssim": moving, **perceived}
+
+
+def _by_horizon(videos: dict[str, np.ndarray], real: np.ndarray, mask: np.ndarray, judge: Judge) -> list[dict[str, float | None]]:
+    """Squared error and SSIM over moving pixels of each group of frames."""
+    points = []
+    for begin in range(0, len(real), judge.group):
+        part = slice(begin, begin + judge.group)
+        point: dict[str, float | None] = {}
+        for prefix, video in videos.items():
+            point[f"{prefix}mse"] = 10 ** (-psnr(video[part], real[part], mask) / 10)
+            point[f"{prefix}moving_ssim"] = ssim(video[part], real[part], mask) if has_windows(mask) else None
+        points.append(point)
+    return points
+
+
+def _mean_curve(curves: Sequence[list[dict[str, float | None]]], judge: Judge) -> list[dict[str, float | None]]:
+    """By time: PSNR of the squared error over all clips (where hardly anything has moved yet a mean of dB would be ruled by one clip), and mean SSIM."""
+    out = []
+    for index, points in enumerate(zip(*curves, strict=True)):
+        known = {key: [value for p in points if (value := p[key]) is not None] for key in points[0]}
+        mean = {key: float(np.mean(values)) if values else None for key, values in known.items()}
+        point: dict[str, float | None] = {"seconds": (index + 1) * judge.group_seconds}
+        for prefix in METHODS:
+            if f"{prefix}mse" in mean:
+                point[f"{prefix}psnr_db"] = float(-10 * np.log10(mean[f"{prefix}mse"]))  # type: ignore[arg-type]  # never None
+                point[f"{prefix}moving_ssim"] = mean[f"{prefix}moving_ssim"]
+        out.append(point)
+    return out
 
 
 def _show(clip: Clip, videos: dict[str, np.ndarray], output: Path) -> None:
