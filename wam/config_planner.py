@@ -1,4 +1,4 @@
-"""Whether several plans are made and the best is taken, and what is best."""
+"""Whether several plans are made and the best is taken, what is best, and what a robot is told to aim at."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from typing import Literal
 
 from wam.config_tree import require as _require
 
+Score = Literal["goal", "agreement", "value"]
+
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """Planning by sampling and imagining."""
+    """Planning by sampling and imagining (docs/planning.md)."""
 
     kind: Literal["none", "best_of_n", "cem"] = "none"
     candidates: int = 8  # N
-    score: Literal["goal", "agreement", "value"] = "agreement"
+    score: Score = "agreement"  # what is best: the imagined end is nearest to the goal image; most other candidates are near; the value head promises most
     forward_steps: int = 2  # solver steps of imagining what follows from a candidate
+    distance: Literal["l1", "l2"] = "l1"  # to the goal, in latents
     iterations: int = 3  # `cem`: rounds
     elites: int = 4  # `cem`: candidates kept of a round
+    prior: Literal["policy", "gaussian"] = "policy"  # `cem`: where the first round comes from: the policy's own samples, or a Gaussian around 0 as V-JEPA 2-AC has it
+    sigma: float = 0.5  # `cem` with prior=gaussian: its standard deviation, in normalised units
+    goal: Literal["language", "image", "both"] = "language"  # what an evaluated robot is given: its instruction, a picture of the solved task and no instruction, or both
 
     def __post_init__(self) -> None:
         for name in ("candidates", "forward_steps", "iterations", "elites"):
             _require(getattr(self, name) >= 1, f"planner.{name} is {getattr(self, name)}", "it must be at least 1")
-        _require(self.kind != "cem" or self.elites <= self.candidates, f"planner.elites is {self.elites} of {self.candidates} candidates", "keep fewer")
+        _require(self.sigma > 0, f"planner.sigma is {self.sigma}", "a standard deviation is above 0")
+        if self.kind == "cem":
+            _require(self.elites < self.candidates, f"planner.elites is {self.elites} of {self.candidates} candidates", "keep fewer, or every round ends where it began")
+            _require(self.score != "agreement", "planner.kind is 'cem' and planner.score is 'agreement', which its own rounds would drive up", "set planner.score=goal")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wam.codec.linear import EncoderStream as LinearStream
 from wam.config import SamplingConfig
-from wam.inference.session import Plan, Session
+from wam.inference.session import BY_ROW, Plan, Session
 from wam.model.backbone import Context
 from wam.model.cache import KVCache, Prefix
 from wam.model.conditions import Conditions
@@ -123,7 +123,7 @@ def _group(session: Session, call: Call, number: int) -> Any:
     """What must agree for calls to go together."""
     if isinstance(call, (Reset, Back)):
         return ("alone", number)
-    phase = min(session.block, 1), session.dims.name, session.state is None, session.origin is None, session.first is None, session.goal is None, session.acted is None
+    phase = min(session.block, 1), session.dims.name, session.state is None, session.origin is None, session.first is None, session.goal is None, session.target is None, session.acted is None
     shapes = tuple(session.conditions.text_UTE.shape[1:]), session.conditions.first_frame_BCFHW is None
     if isinstance(call, Observe):
         alone = number if session.begins_anew else None
@@ -219,7 +219,8 @@ class Joined(Session):
         self.embodiment_B = torch.cat([s.embodiment_B for s in sessions])
         self.conditions = self._given = join_conditions([s.conditions for s in sessions], rows)
         self.stream = _JoinedStream([s.stream for s in sessions], [s.batch for s in sessions])
-        self.state, self.first, self.goal, self.acted = (_cat([getattr(s, name) for s in sessions]) for name in ("state", "first", "goal", "acted"))
+        for name in BY_ROW:
+            setattr(self, name, _cat([getattr(s, name) for s in sessions]))
         self.origin = _rows_of([s.origin for s in sessions])
 
     @property
@@ -235,7 +236,7 @@ class Joined(Session):
             mine = slice(start, start + part.batch)
             start = mine.stop
             part.block, part.committed = part.block + moved, self.committed
-            part.state, part.first, part.acted = (None if x is None else x[mine] for x in (self.state, self.first, self.acted))
+            part.state, part.first, part.acted, part.newest = (None if x is None else x[mine] for x in (self.state, self.first, self.acted, self.newest))
             part.origin = None if self.origin is None else self.origin[mine]
             if self.conditions is not self._given:
                 part.conditions = own_conditions(self.conditions, [row + side * self.batch for side in range(self._sides) for row in range(mine.start, mine.stop)])

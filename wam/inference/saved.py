@@ -28,7 +28,7 @@ from wam.model.conditions import Conditions
 from wam.pretrained import Policy
 
 FORMAT = "wam-session-1"
-STATE = ("instructions", "conditions", "goal", "embodiment_B", "block", "committed", "state", "origin", "first", "acted")
+STATE = ("instructions", "conditions", "goal", "target", "embodiment_B", "block", "committed", "state", "origin", "first", "acted", "newest")
 CACHE = ("keys", "values", "kinds_BS", "blocks_BS", "positions_BS4")
 CLASSES: dict[str, type] = {"Conditions": Conditions, "Context": Context}
 

@@ -49,7 +49,8 @@ from wam.timeline import FIRST_BLOCK, Kind
 
 log = logging.getLogger(__name__)
 
-_REMEMBERED = ("cache", "conditions", "block", "committed", "state", "origin", "first", "acted")  # what observing and imagining change
+BY_ROW = ("state", "first", "goal", "target", "acted", "newest")  # a tensor each with a row per robot, or None
+_REMEMBERED = ("cache", "conditions", "block", "committed", "state", "origin", "first", "acted", "newest")  # what observing and imagining change
 
 
 @dataclass(frozen=True)
@@ -71,24 +72,25 @@ class Session:
     """See the module's docstring.  All rows advance together; drop the finished ones with `select`."""
 
     def __init__(
-        self, policy: Policy, instructions: Sequence[str], embodiment: str, seeds: Sequence[int], goals: np.ndarray | None = None, prepared: Conditions | None = None
+        self, policy: Policy, instructions: Sequence[str], embodiment: str, seeds: Sequence[int], goals: np.ndarray | None = None, prepared: Conditions | None = None, targets: np.ndarray | None = None
     ):
         """Open a session.
 
         Args:
-            goals: goal images, uint8 (B, H, W, 3), for models that take them.
+            goals: goal images, uint8 (B, H, W, 3), for models that take them; with one, the instruction may be empty.
+            targets: pictures that planning aims at (`wam.inference.planner`), likewise, for any model: its policy does not see them; default: the goals.
             prepared: the `instructions` of an earlier session with the same texts: shared, so they are neither encoded again nor held twice.
 
         Raises:
-            ValueError: as many instructions as seeds are needed, none of them empty; an embodiment or a goal that the model does not know; a model of several states a block.
+            ValueError: as many instructions as seeds are needed, none of them empty where there is no goal image; an embodiment or a goal that the model does not know; a model of several states a block.
         """
         if len(instructions) != len(seeds):
             raise ValueError(f"{len(instructions)} instructions and {len(seeds)} seeds; give one of each per row")
         states = policy.config.timeline.states_per_block
         if states != 1:
             raise ValueError(f"this model takes timeline.states_per_block = {states} states a block, all but the first of which lie in a plan's future; a session needs a model with 1")
-        if not all(text.strip() for text in instructions):
-            raise ValueError("the instruction is empty; every episode needs a language task")
+        if goals is None and not all(text.strip() for text in instructions):
+            raise ValueError("the instruction is empty; every episode needs a language task, or a goal image where the model takes one")
         self.policy, self.model, self.config = policy, policy.model, policy.config
         index = self.model.embodiment_index(embodiment)
         self.dims = self.config.model.embodiment(embodiment)
@@ -100,10 +102,14 @@ class Session:
         self._warned: set[str] = set()
         self.embodiment_B = torch.full((self.batch * self._sides,), index, device=self.model.device)
         with torch.no_grad(), self._timed("text"):
-            texts = prompts(instructions, self.config.template(embodiment))
+            filled = prompts(instructions, self.config.template(embodiment))
+            texts = [text if given.strip() else "" for text, given in zip(filled, instructions, strict=True)]  # an absent instruction is no template either, as in training
             negative = [self.config.sampling.negative_prompt] * len(texts) if self.guided else []
             self.instructions = prepared or self.model.prepare(self.model.encode_text([*texts, *negative]))
+        if self.config.training.text_dropout == 0 and "" in texts:
+            log.warning("an instruction is empty, which this model never was in training (training.text_dropout is 0), so what it does means little")
         self.goal = self._encode_goal(goals)
+        self.target = self.goal if targets is None else self._encode_pictures("targets", targets)
         self.reset()
 
     @property
@@ -148,6 +154,7 @@ class Session:
         self.origin: np.ndarray | None = None  # the state that relative actions start from, physical units
         self.first: Tensor | None = None  # where the first frame is inside block 0
         self.acted: Tensor | None = None  # executed actions that wait for the frames they led to
+        self.newest: Tensor | None = None  # the latent frame seen (or imagined) last, (B, C, 1, h, w)
         self.before: Session | None = None  # where imagining began
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -272,7 +279,9 @@ class Session:
         self.embodiment_B = self.embodiment_B[on_device]
         self.generators = [self.generators[r] for r in chosen]
         self.stream = self.stream.select(chosen)
-        self.state, self.first, self.goal, self.acted = (None if x is None else x[chosen] for x in (self.state, self.first, self.goal, self.acted))
+        for name in BY_ROW:
+            x = getattr(self, name)
+            setattr(self, name, None if x is None else x[chosen])
         self.origin = None if self.origin is None else self.origin[chosen]
         if self.before is not None:
             self.before.select(chosen)
@@ -336,6 +345,7 @@ class Session:
             seen = self.normalizer.normalize("state", self.units.encode_state(state.astype(np.float32)))
             normal = pad_states(self.config.model, torch.from_numpy(seen)).to(self.model.device)
         begins = self.block == FIRST_BLOCK
+        self.newest = self.newest if latents is None else latents[:, :, -1:]
         if begins and normal is not None and self.config.model.state == "context":
             self.conditions = self.model.prepare(self.model.with_state(self.conditions, self._both(normal), self.embodiment_B))
         if begins and self._first_inside:
@@ -396,11 +406,14 @@ class Session:
             return None
         if not self.config.model.goal_image:
             raise ValueError("a goal image was given, but this model takes none; train one with model.goal_image=true and training.goal_image above 0")
+        return self._encode_pictures("goals", goals)
+
+    def _encode_pictures(self, name: str, pictures: np.ndarray) -> Tensor:
         expected = (self.batch, *self.config.codec.image_size, 3)
-        if goals.shape != expected or goals.dtype != np.uint8:
-            raise ValueError(f"goals are {goals.dtype} {goals.shape}; expected uint8 (rows, height, width, 3) = {expected}")
+        if pictures.shape != expected or pictures.dtype != np.uint8:
+            raise ValueError(f"{name} are {pictures.dtype} {pictures.shape}; expected uint8 (rows, height, width, 3) = {expected}")
         with torch.no_grad(), self._timed("goal"):
-            return self.policy.codec.encode(torch.from_numpy(np.ascontiguousarray(goals)).to(self.model.device).unsqueeze(1))
+            return self.policy.codec.encode(torch.from_numpy(np.ascontiguousarray(pictures)).to(self.model.device).unsqueeze(1))
 
     # ------------------------------------------------------------------------------------------ units and checks
 
