@@ -174,7 +174,7 @@ def test_what_cannot_be_seen_is_the_environments_error(four: VectorEnv, what: fl
 def test_a_name_may_hold_settings() -> None:
     suite, task, own = parse_name("gym/gym_pusht/PushT-v0?state=[a, b]&make.obs_type=state&reward_threshold=0.95")
     assert suite.example == "gym/Pendulum-v1" and task == "gym_pusht/PushT-v0" and own == {"state": ["a", "b"], "make": {"obs_type": "state"}, "reward_threshold": 0.95}
-    assert parse_name("pusht?max_steps=9")[1:] == ("", {"max_steps": 9}) and parse_name("remote/ws://a:1/?x=1")[1:] == ("ws://a:1/?x=1", {})
+    assert parse_name("pusht?max_steps=9")[1:] == ("", {"max_steps": 9}) and parse_name("remote/ws://a:1?fit=pad")[1:] == ("ws://a:1", {"fit": "pad"})
     assert make_env(NAME + "?max_steps=3", max_steps=5).max_steps == 3, "the name's own settings win"
     for name, said in (("gum/x", "did you mean 'gym'"), ("gym/x?oops", "write key=value"), ("python/flaky_env", "names no class"), ("python/flaky_env:Flakey", "has no class Flakey")):
         with pytest.raises(ValueError, match=said):

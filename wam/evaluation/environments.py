@@ -194,8 +194,6 @@ def parse_name(name: str) -> tuple[Suite, str, dict[str, Any]]:
     if kind not in SUITES:
         known = f"suites: {', '.join(SUITES)}; write <suite>/<task>, e.g. metaworld/drawer-open-v3"
         raise ValueError(f"environment {name!r} names no known suite{_nearest(kind, SUITES)}; {known}")
-    if kind == "remote":  # its task is an address, which may hold a question mark
-        return SUITES[kind], rest, {}
     task, _, query = (name[len(kind) :] if mark else rest).partition("?")
     own: dict[str, Any] = {}
     for part in filter(None, query.split("&")):

@@ -212,7 +212,7 @@ def padded(picture: Frames, size: tuple[int, int]) -> Frames:
 def _resized(picture: Frames, size: tuple[int, int]) -> Frames:
     from wam.data.video import resize_frames  # needs PyTorch, which a worker that draws at the right size does without
 
-    resized: Frames = resize_frames(picture[None], size)[0]
+    resized: Frames = resize_frames(np.array(picture[None]), size)[0]  # a copy: what came over a wire is read-only
     return resized
 
 

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -353,6 +354,9 @@ def _row_handler(name: str, settings: dict[str, Any]) -> Callable[[Any], Any]:
             return checked_result(env(row).run(actions, stride), len(actions), stride, sizes(row))
         except Exception:
             text, broken = traceback.format_exc(), rows.pop(row, None)
+            if broken is not None:
+                with suppress(Exception):  # what it says at its end adds nothing to what went wrong
+                    broken.close()
             return _Crash(text, getattr(broken, "steps", None) if method == "run" else 0)
 
     return handle
