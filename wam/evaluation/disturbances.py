@@ -8,7 +8,8 @@ object, because that is when it hurts.  `grasped`: when they have been closed th
 action.  A rule that never comes true, or an episode that is won before, leaves an episode without an event; such an episode says
 nothing about recovery, and `wam.evaluation.recovery` counts it apart.
 
-Nothing is hidden from the score: success is what the environment says.  What a policy sees, measures and commands is what changes,
+Nothing is hidden from the score, and nothing given away: success is what the environment says, and what would solve a task by itself
+does not happen.  What a policy sees, measures and commands is what changes,
 and it is not told.  Only the delay of `latency` happens outside the environment: whoever drives it asks `extra_delay`.
 """
 
@@ -28,6 +29,7 @@ from wam.evaluation.paraphrases import paraphrase
 
 Begins = Literal["step", "near", "grasped", "reset"]
 EPISODE = float("inf")  # seconds: until the episode ends
+AGAIN = 8  # control steps until what could not be done is tried again
 NO_FRAME = 2  # frame stride of a stretch of one step: no frame is due
 
 
@@ -61,7 +63,7 @@ KINDS: dict[str, Kind] = {
     "paraphrase": Kind(1.0, "sentence", EPISODE, "reset"),
 }
 SHIFT = 0.08  # of the picture's width: `camera_shifted` where a camera cannot be turned
-MOVED = 0.9  # of the object's way to its goal is left: it has begun to move, so the fingers are there, wherever a task measures its object
+MOVED = 0.97  # of the object's way to its goal is left: it has begun to move, so the fingers are there, wherever a task measures its object
 MOTION_NOISE, PLACE_NOISE = 0.3, 0.03  # usual deviations of commands that are displacements, and of those that are places, in halves of their range
 STRETCHED = ("gripper_opened", "frames_dropped")  # strength multiplies how long they last
 assert set(KINDS) == set(DISTURBANCES)
@@ -135,12 +137,16 @@ class Stage(Protocol):
         """Of the object's way to its goal, 1 at the start."""
         ...
 
-    def move_object(self, distance: float, generator: np.random.Generator) -> float | None:
+    def wins_nothing(self, steps: int, grip: float) -> bool:
+        """Whether fingers that open for so many steps, and then get the command `grip`, do not solve the task by themselves."""
+        ...
+
+    def move_object(self, distance: float, generator: np.random.Generator, grip: float) -> float | None:
         """Move it by about so many metres; returns how many, or None: not possible now, and nothing was changed."""
         ...
 
-    def push_direction(self, distance: float, generator: np.random.Generator) -> npt.NDArray[np.float64] | None:
-        """A unit vector (3,) along which the arm can be pushed, and is not pushed to success; None: there is none now."""
+    def push_direction(self, distance: float, steps: int, generator: np.random.Generator, grip: float) -> npt.NDArray[np.float64] | None:
+        """A unit vector (3,) along which the arm can be pushed for so many steps, and is not pushed to success; None: there is none now."""
         ...
 
     def push(self, displacement: npt.NDArray[np.float64]) -> None:
@@ -266,6 +272,8 @@ class _Running:
     instruction: str | None = None
     steps: int = 0
     closed: int = 0  # control steps that fingers have been told to close, up to now
+    grip: float = 0.0  # their last command
+    next_try: int = 0  # the step at which to try again what could not be done
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -287,7 +295,7 @@ class _Running:
         if self.kind == "arm_pushed":
             self.env.stage.push(self.push)
         result: StepResult = self.env.run(self._executed(action)[None], 1 if frame_is_due else NO_FRAME)
-        self.closed = self.closed + 1 if action[-1] > 0 else 0
+        self.closed, self.grip = self.closed + 1 if action[-1] > 0 else 0, float(action[-1])
         frames = np.stack([self.seen(frame) for frame in result.frames]) if len(result.frames) else result.frames
         if len(frames):
             self.last = frames[-1]
@@ -300,14 +308,16 @@ class _Running:
     def try_to_begin(self) -> None:
         """Begin what was drawn, if its time has come."""
         kind = self.drawn.kind
-        if kind is None or self.events or not self._due(KINDS[kind].begins):
+        if kind is None or self.events or self.steps < self.next_try or not self._due(KINDS[kind].begins):
             return
         usual, strength = KINDS[kind], self.config.strength
-        size = self._begin(kind, usual.size * strength)
-        if size is not None:
-            seconds = usual.seconds * (strength if kind in STRETCHED else 1)
-            lasts = self.env.max_steps if seconds == EPISODE else round(seconds * self.env.control_hz)
-            self.events.append(Event(kind, self.steps, size, usual.unit, max(lasts, 1) if seconds else 0))
+        seconds = usual.seconds * (strength if kind in STRETCHED else 1)
+        lasts = self.env.max_steps if seconds == EPISODE else max(1, round(seconds * self.env.control_hz)) if seconds else 0
+        size = self._begin(kind, usual.size * strength, lasts)
+        if size is None:
+            self.next_try = self.steps + AGAIN
+        else:
+            self.events.append(Event(kind, self.steps, size, usual.unit, lasts))
 
     def _due(self, begins: Begins) -> bool:
         if begins == "reset":
@@ -320,11 +330,11 @@ class _Running:
         # half the way to the goal is left: an object that is dropped may not fall into it
         return self.closed >= self.drawn.held * self.env.control_hz and bool(stage.way_left() <= self.drawn.way_left and stage.carry_left() >= 0.5)
 
-    def _begin(self, kind: str, size: float) -> float | None:
+    def _begin(self, kind: str, size: float, lasts: int) -> float | None:
         """Do what begins a disturbance; returns its real size, or None if it cannot be done now."""
         stage, generator = stage_of(self.env), self.generator
         if stage is not None and kind in stage.kinds:
-            return self._begin_in_the_world(stage, kind, size)
+            return self._begin_in_the_world(stage, kind, size, lasts)
         if kind == "camera_shifted":
             self.picture = shifter(SHIFT * self.config.strength, generator)
         if kind == "light_changed":
@@ -335,14 +345,16 @@ class _Running:
             self.instruction = paraphrase(self.env.instruction, generator)
         return size
 
-    def _begin_in_the_world(self, stage: Stage, kind: str, size: float) -> float | None:
+    def _begin_in_the_world(self, stage: Stage, kind: str, size: float, lasts: int) -> float | None:
         if kind == "object_moved":
-            return stage.move_object(size, self.generator)
+            return stage.move_object(size, self.generator, self.grip)
+        if kind == "gripper_opened" and not stage.wins_nothing(lasts, self.grip):
+            return None
         if kind == "arm_pushed":
-            direction = stage.push_direction(size, self.generator)
+            direction = stage.push_direction(size, lasts, self.generator, self.grip)
             if direction is None:
                 return None
-            self.push = direction * size / round(KINDS[kind].seconds * self.env.control_hz)
+            self.push = direction * size / lasts
         if kind == "camera_shifted":
             stage.turn_camera(size, self.generator)
         if kind == "light_changed":

@@ -29,7 +29,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
 from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
 
 from wam.evaluation.canvas import describe_renderer, shared_canvas  # noqa: E402
-from wam.evaluation.metaworld_stage import ALTERED, SIMULATION, Stage  # noqa: E402
+from wam.evaluation.metaworld_stage import ALTERED, SIMULATION, Stage, diverged  # noqa: E402
 
 __all__ = ["MetaWorldEnv", "describe_renderer"]
 
@@ -122,7 +122,7 @@ class MetaWorldEnv:
         env.curr_path_length = 0  # Meta-World refuses steps beyond its own 500; max_steps is counted here
         self._observed, reward, _, _, info = env.step(np.clip(sent, -1, 1))
         self.steps += 1
-        if any(env.data.warning[kind].number for kind in _DIVERGED):
+        if diverged(env.data):
             raise RuntimeError(
                 f"the simulation of {self.task} diverged at control step {self.steps}; MuJoCo put it back to its start, so this episode means nothing"
             )
@@ -173,9 +173,6 @@ class MetaWorldEnv:
         if self._observed is None:
             raise ValueError(f"the environment {self.task} has no episode; call reset(seed) first")
         return self._observed
-
-
-_DIVERGED = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 
 
 def _checked(actions: npt.NDArray[Any], shape: tuple[int, ...]) -> Floats:

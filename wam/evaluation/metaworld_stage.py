@@ -6,9 +6,12 @@
     light_changed    lamps and the table's colour
 
 An object that was taken away and put down by the task's own code stands where tasks put objects: goal, limits and what success is
-measured from belong to it.  A place is refused if bodies would overlap there more than they did, or if the task would count as solved;
-then the next of the drawn places is tried, and if none is free, nothing happens now.  What is changed here in a model is put back by
-`MetaWorldEnv.reset`.
+measured from belong to it.  A place is refused if bodies would overlap there more than they did; then the next of the drawn places is
+tried, and if none is free, nothing happens now.
+
+No success is given away.  Before something happens, the simulation is run ahead with a robot that does nothing afterwards, and put back:
+if the task were solved within a second, or the simulation diverged, nothing happens now.  (A handle on a spring opens by itself when it
+is let go; a drawer that was pushed rolls on.)  What is changed here in a model is put back by `MetaWorldEnv.reset`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ OVERLAP = 0.002  # metres that bodies may overlap more than before
 LEAST = 0.5  # of the asked displacement; a smaller one does not count
 WIDE = 0.04  # metres: a task varies a place if its range is at least so wide
 GOALS = ("reach-v3", "reach-wall-v3")  # tasks whose object is of no account: their goal is what the hand goes to
+QUIET = 80  # control steps that are run ahead after a disturbance: a second
 TABLE = ("table_wood", "table_col")  # materials
 
 
@@ -46,6 +50,14 @@ def movable(task: str, env: Any) -> slice | None:
     return None
 
 
+DIVERGED = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
+
+
+def diverged(data: mujoco.MjData) -> bool:
+    """Whether MuJoCo had to put a simulation back to its start."""
+    return any(data.warning[kind].number for kind in DIVERGED)
+
+
 class Stage:
     """Does things to the episode that runs in one instance of Meta-World's classes."""
 
@@ -55,6 +67,8 @@ class Stage:
         can = {"gripper_opened", "arm_pushed", "camera_shifted", "light_changed"} | ({"object_moved"} if self._part else set())
         self.kinds = frozenset(can)
         self._way = self._carry = self._depth = 0.0
+        arm = [joint for joint in range(env.model.njnt) if env.model.joint(joint).name.startswith(("right_j", "r_close", "l_close"))]
+        self._dofs = [dof for dof in range(env.model.nv) if env.model.dof_jntid[dof] not in arm]  # of what is no part of the robot
 
     def begin(self) -> None:
         """Measure the distances that the episode begins with."""
@@ -70,8 +84,11 @@ class Stage:
 
     # -------------------------------------------------------------------------------------------- the object
 
-    def move_object(self, distance: float, generator: np.random.Generator) -> float | None:
-        """Place the object (or goal) anew, about `distance` metres from where it began.
+    def move_object(self, distance: float, generator: np.random.Generator, grip: float) -> float | None:
+        """Place the object (or goal) anew and at rest, about `distance` metres from where it began.
+
+        Args:
+            grip: the fingers' last command.
 
         Returns:
             The distance moved in metres, or None if no drawn place is free now: then the episode is as it was.
@@ -81,7 +98,7 @@ class Stage:
         old = np.array(env._last_rand_vec, np.float64)
         before, depth = _Snapshot(env), min(self._depth, self._overlap()) - OVERLAP
         for place in self._places(old, distance, generator):
-            if self._place(place) and self._overlap() >= depth and not self._solved():
+            if self._place(place) and self._overlap() >= depth and not self._solved() and self.wins_nothing(0, grip):
                 return float(np.linalg.norm(place - old))
             before.restore(env)
         return None
@@ -117,6 +134,7 @@ class Stage:
             return False
         finally:
             del env._reset_hand, env._get_state_rand_vec
+        env.data.qvel[self._dofs] = 0
         mujoco.mj_forward(env.model, env.data)
         return True
 
@@ -131,8 +149,16 @@ class Stage:
 
     # -------------------------------------------------------------------------------------------- the arm
 
-    def push_direction(self, distance: float, generator: np.random.Generator) -> Vector | None:
-        """A drawn unit vector, sideways rather than up or down, that does not lead towards the goal and has room in the arm's range; None if there is none."""
+    def push_direction(self, distance: float, steps: int, generator: np.random.Generator, grip: float) -> Vector | None:
+        """A drawn unit vector, sideways rather than up or down, that does not lead towards the goal and has room in the arm's range.
+
+        Args:
+            steps: control steps over which the arm is to be pushed.
+            grip: the fingers' last command.
+
+        Returns:
+            (3,), or None if there is none now.
+        """
         env = self._env
         held = env.data.mocap_pos[0]
         towards = env._target_pos - (env.tcp_center if self._to_goal else env._get_pos_objects()[:3])
@@ -142,13 +168,37 @@ class Stage:
             direction /= np.linalg.norm(direction)
             moved = np.clip(held + distance * direction, env.mocap_low, env.mocap_high) - held
             if direction @ towards <= 0 and moved @ towards <= 0 and np.linalg.norm(moved) >= LEAST * distance:
-                return direction
+                return direction if self.wins_nothing(steps, grip, direction * distance / steps) else None
         return None
 
     def push(self, displacement: Vector) -> None:
         """Move the pose that the arm is held at by (3,) metres, within the arm's range."""
         data = self._env.data
         data.mocap_pos[0] = np.clip(data.mocap_pos[0] + displacement, self._env.mocap_low, self._env.mocap_high)
+
+    def wins_nothing(self, steps: int, grip: float, push: Vector | None = None) -> bool:
+        """Run ahead `steps` of a disturbance and `QUIET` more, with a robot that stands still, and put everything back.
+
+        Args:
+            steps: control steps of the disturbance, in which the fingers are commanded to open unless the arm is pushed.
+            grip: the fingers' command after it, and while the arm is pushed.
+            push: metres a control step (3,).
+
+        Returns:
+            Whether the task is not solved by itself, and the simulation is sound.
+        """
+        env, before = self._env, _Snapshot(self._env)
+        sound = True
+        for step in range(steps + QUIET):
+            if push is not None and step < steps:
+                self.push(push)
+            env.curr_path_length = 0
+            *_, info = env.step(np.array([0, 0, 0, -1 if push is None and step < steps else grip]))
+            if info["success"] or diverged(env.data):
+                sound = False
+                break
+        before.restore(env)
+        return sound
 
     # -------------------------------------------------------------------------------------------- what the camera sees
 
@@ -204,6 +254,7 @@ class _Snapshot:
         self._model = {name: getattr(env.model, name).copy() for name in ALTERED}
         self._state = np.empty(mujoco.mj_stateSize(env.model, _STATE))
         mujoco.mj_getState(env.model, env.data, self._state, _STATE)
+        self._warnings = {kind: env.data.warning[kind].number for kind in DIVERGED}
 
     def restore(self, env: Any) -> None:
         vars(env).update(copy.deepcopy(self._attributes))
@@ -211,6 +262,8 @@ class _Snapshot:
             getattr(env.model, name)[:] = values
         mujoco.mj_setState(env.model, env.data, self._state, _STATE)
         mujoco.mj_forward(env.model, env.data)
+        for kind, count in self._warnings.items():
+            env.data.warning[kind].number = count
 
 
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION.value
