@@ -154,7 +154,7 @@ def test_who_may_drive_a_robot(tmp_path: Path) -> None:
         RobotServer(Slider(), host="0.0.0.0", port=0)
     (tmp_path / "key").write_text("open sesame\n")
     with RobotServer(Slider(), port=0, api_key="open sesame") as server:
-        with pytest.raises(RuntimeError, match="no robot answers.*401"):
+        with pytest.raises(RuntimeError, match=r"no robot answers.*401"):
             make_env(f"remote/{server.url}", image_size=8)
         env = make_env(f"remote/{server.url}?key_file={tmp_path}/key", image_size=8)
         assert env.reset(3).state.tolist() == [3, 0]

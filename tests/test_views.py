@@ -123,6 +123,14 @@ def test_an_environment_is_seen_as_in_training() -> None:
     with pytest.raises(ValueError, match=r"sees 3 cameras on one canvas \(t\), and fake/robot shows one; drive your robot through"):
         seen_through(Canvas("t", 3, (64, 128)), env)
     assert env.closed
+    two = OneCamera()
+    two.cameras = ("left", "right")  # side by side in one frame
+    seen = seen_through(Canvas("height", 2, (8, 6)), two)
+    frame = two.reset([1]).frames[0, 0]
+    high, wide = frame.shape[0], frame.shape[1] // 2
+    assert seen.reset([1]).frames.shape == (1, 1, 8, 6, 3)
+    np.testing.assert_array_equal(seen.reset([1]).frames[0], Canvas("height", 2, (8, 6)).compose([frame[None, :, :wide], frame[None, :, wide:]]))
+    assert high and seen.run(np.zeros((1, 2)), [0], 1)[0].frames.shape == (2, 8, 6, 3)
 
 
 # ------------------------------------------------------------------------------------------------ looks

@@ -1,6 +1,6 @@
 """Environments as a policy sees them: pictures cut and placed as those it was trained on.
 
-    environment draws (H, W)  ->  `wam.data.views.Canvas` of the checkpoint's config  ->  the session
+    environment draws (H, W), or (H, V W) for V cameras  ->  `wam.data.views.Canvas` of the checkpoint's config  ->  the session
 
 Where training cut pictures at random (`data.augment.crop`), the middle is seen here, as in validation.
 """
@@ -20,22 +20,23 @@ from wam.evaluation.vector import Observations, VectorEnv
 
 
 def seen_through(canvas: Canvas, env: VectorEnv) -> VectorEnv:
-    """An environment as a policy with this canvas sees it: itself, unless pictures are cut.
+    """An environment as a policy with this canvas sees it: itself, unless pictures are cut or several cameras are placed on a canvas.
 
     Raises:
-        ValueError: the policy sees several cameras, the environment shows one.
+        ValueError: the policy sees another number of cameras than the environment shows.
     """
-    if canvas.cameras != 1:
+    shown = len(getattr(env, "cameras", ("the only one",)))
+    if canvas.cameras != shown:
         env.close()
         raise ValueError(
-            f"the checkpoint sees {canvas.cameras} cameras on one canvas ({canvas.layout}), and {env.name} shows one; "
+            f"the checkpoint sees {canvas.cameras} cameras on one canvas ({canvas.layout}), and {env.name} shows {'one' if shown == 1 else shown}; "
             "drive your robot through `wam.inference.session.Session`, with pictures from `wam.data.views.compose`"
         )
-    return env if canvas.crop == 1 else cast(VectorEnv, _Seen(canvas, env))
+    return env if canvas.crop == 1 and shown == 1 else cast(VectorEnv, _Seen(canvas, env))
 
 
 class _Seen:
-    """A `VectorEnv` whose pictures go through a canvas of one camera; everything else is its own."""
+    """A `VectorEnv` whose pictures go through a canvas; everything else is its own."""
 
     def __init__(self, canvas: Canvas, env: VectorEnv):
         self.canvas, self.env = canvas, env
@@ -50,15 +51,21 @@ class _Seen:
     def __exit__(self, *error: Any) -> None:
         self.env.__exit__(*error)
 
-    def reset(self, seeds: Sequence[int]) -> Observations:
+    def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> Observations:
         """See `VectorEnv.reset`."""
-        first = self.env.reset(seeds)
+        first = self.env.reset(seeds) if rows is None else self.env.reset(seeds, rows)
         return replace(first, frames=self._look(first.frames))
 
     def run(self, actions: npt.NDArray[Any], rows: Sequence[int], frame_stride: int) -> list[StepResult]:
         """See `VectorEnv.run`."""
         return [replace(result, frames=self._look(result.frames)) for result in self.env.run(actions, rows, frame_stride)]
 
+    def collect(self, rows: Sequence[int] | None = None) -> dict[int, StepResult]:
+        """See `VectorEnv.collect`."""
+        return {row: replace(result, frames=self._look(result.frames)) for row, result in self.env.collect(rows).items()}
+
     def _look(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """(..., h, V w, 3) to (..., H, W, 3)."""
         flat = frames.reshape(-1, *frames.shape[-3:])
-        return self.canvas.compose([flat]).reshape(*frames.shape[:-3], *self.canvas.size, 3) if len(flat) else frames
+        seen = self.canvas.compose(np.split(flat, self.canvas.cameras, axis=2)) if len(flat) else np.zeros((0, *self.canvas.size, 3), np.uint8)
+        return seen.reshape(*frames.shape[:-3], *self.canvas.size, 3)
