@@ -1,4 +1,4 @@
-"""Whether what was imagined is compared with what came, and what a surprise leads to."""
+"""Whether what was imagined is compared with what came, what a surprise leads to, and how the scale of surprise is measured."""
 
 from __future__ import annotations
 
@@ -16,10 +16,30 @@ class CheckConfig:
     steps: int = 1  # solver steps of `forward`
     threshold: float = 3.0  # a surprise is above this, in units of the error seen in validation
     then: Literal["replan", "stop", "nothing"] = "replan"  # what a surprise leads to: a new plan at once, the end of the episode, or only a note
+    stalled: int | None = 8  # checks in a row in which nothing moved, seen or imagined, although actions asked for it: a surprise as well; null: never
     escalate: str | None = None  # mode of the plans after a surprise (adaptive imagination), e.g. imagine; null: the same
+    escalated_steps: int | None = None  # solver steps of these plans; null: as the others
     escalated_plans: int = 2  # for how many plans
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"check.steps is {self.steps}", "it must be at least 1")
+        for name in ("steps", "stalled", "escalated_steps", "escalated_plans"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, f"check.{name} is {getattr(self, name)}", "it must be at least 1")
         _require(self.threshold > 0, f"check.threshold is {self.threshold}", "it is a multiple of the validation error, above 0")
-        _require(self.escalated_plans >= 1, f"check.escalated_plans is {self.escalated_plans}", "it must be at least 1")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """`wam calibrate`: the errors of imagination on held-out episodes, which surprise is measured in."""
+
+    clips: int = 48  # held-out stretches, spread over episodes
+    blocks: int = 8  # blocks of each, observed one after another
+    steps: int | None = None  # solver steps of plans; default: the checkpoint's (sampling.steps)
+    forward_steps: tuple[int, ...] = (1, 2)  # solver steps of `forward`, each measured by itself
+    batch: int = 16  # clips side by side
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "blocks", "steps", "batch"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, f"calibrate.{name} is {getattr(self, name)}", "it must be at least 1")
+        _require(all(n >= 1 for n in self.forward_steps), f"calibrate.forward_steps are {list(self.forward_steps)}", "each must be at least 1")
+        _require(self.seed >= 0, f"calibrate.seed is {self.seed}", "it must be at least 0")
