@@ -1,5 +1,6 @@
 """The command line: help that teaches, settings that arrive, errors in one line with the right exit code."""
 
+import dataclasses
 import errno
 import shlex
 import subprocess
@@ -13,10 +14,13 @@ import pytest
 
 from wam.cli import COMMANDS, main, parse, run_main
 from wam.config import Config, ConfigError, ImagineConfig, RolloutConfig, load_config
+from wam.config_check import CalibrateConfig
+from wam.evaluation.compare.settings import CompareConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [command.name for command in COMMANDS]
 Calls = list[tuple[Any, ...]]
+OWN_SECTIONS: dict[str, type[Any]] = {"calibrate": CalibrateConfig, "compare": CompareConfig}  # of commands whose settings are no part of a run's
 
 
 @pytest.fixture
@@ -73,7 +77,11 @@ def test_examples_in_help_work(name: str) -> None:
     for example in examples:
         args = parse(shlex.split(example)[1:])
         assert args.command == name
-        load_config(None, getattr(args, "overrides", []))  # every key exists
+        overrides = [o for o in getattr(args, "overrides", []) if o.partition(".")[0] not in OWN_SECTIONS]
+        load_config(None, overrides)  # every key exists
+        for section, settings in OWN_SECTIONS.items():
+            known = {field.name for field in dataclasses.fields(settings)}
+            assert all(o.partition("=")[0].split(".")[1] in known for o in getattr(args, "overrides", []) if o.startswith(f"{section}.")), example
 
 
 def test_help_needs_no_torch() -> None:
@@ -125,7 +133,7 @@ def test_train(stub: Callable[..., Calls], config: str, capsys: pytest.CaptureFi
 
 
 def test_rollout(stub: Callable[..., Calls]) -> None:
-    calls = stub("wam.evaluation.rollout", "rollout", {})
+    calls = stub("wam.evaluation.rollout", "rollout", {"modes": {}})
     flags = ["--env", "metaworld/door-open-v3", "--mode", "joint,skip", "--episodes", "5", "--seed", "20005", "--replan", "12", "--steps", "8"]
     assert main(["rollout", "--checkpoint", "runs/a/checkpoint"]) == 0
     assert main(["rollout", "--checkpoint", "runs/a/checkpoint", *flags, "--output", "out", "rollout.videos=0"]) == 0

@@ -1,7 +1,6 @@
 """Closed-loop evaluation on a small fake robot: each episode as if alone, memories that agree, nothing sent that is not finite, runs that go on.
 
-The robot's state moves by a tenth of its action, and its image shows the state as grey bars; an episode's seed places it and says
-where it wants to go.  The policy's weights are random, which is all these tests need.
+The robot is `fake_robot`'s, the policy's weights are random, which is all these tests need.
 """
 
 from __future__ import annotations
@@ -18,89 +17,19 @@ import av
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
+from fake_robot import SIDE, FakeRobot, FakeVector, fake_policy
 
-from wam.codec.linear import LinearCodec
 from wam.config import RolloutConfig, SamplingConfig
-from wam.data.normalize import Normalizer
 from wam.evaluation import baselines, suite
+from wam.evaluation import results as results_module
 from wam.evaluation import rollout as rollout_module
-from wam.evaluation.environments import Observation, StepResult
-from wam.evaluation.episodes import Driver, Gate, Memory, Stream, Watcher
-from wam.evaluation.rollout import Film, check_environment, check_settings, rollout
-from wam.evaluation.vector import Observations
+from wam.evaluation.environments import StepResult
+from wam.evaluation.episodes import Driver, Episode, Watcher, box_gate
+from wam.evaluation.film import Film
+from wam.evaluation.rollout import check_environment, check_settings, rollout
+from wam.inference.gate import Gate, GateRefusal
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy, save_pretrained
-
-SIDE = 32
-TINY = ("codec.image_size=[32, 32]", "timeline.blocks=3")
-
-
-class FakeRobot:
-    """An environment; see the module's docstring."""
-
-    state_dim = action_dim = 4
-    action_low, action_high = np.full(4, -1, np.float32), np.full(4, 1, np.float32)
-    control_hz, image_size, instruction = 80, SIDE, "go there"
-
-    def __init__(self, max_steps: int = 40) -> None:
-        self.max_steps = max_steps
-
-    def reset(self, seed: int) -> Observation:
-        self.seed, self.steps = seed, 0
-        self.state = np.random.default_rng(seed).uniform(-0.5, 0.5, 4).astype(np.float32)
-        return Observation(self.render()[None], self.state.copy())
-
-    def render(self) -> np.ndarray:
-        bars = ((self.state + 2) * 60).clip(0, 255).astype(np.uint8)
-        return np.broadcast_to(bars.repeat(SIDE // 4)[None, :, None], (SIDE, SIDE, 3)).copy()
-
-    def run(self, actions: np.ndarray, frame_stride: int) -> StepResult:
-        assert np.isfinite(actions).all() and (np.abs(actions) <= 1).all()
-        frames, states = [], []
-        for count, action in enumerate(actions, start=1):
-            self.state = (self.state + 0.1 * action).astype(np.float32)
-            self.steps += 1
-            states.append(self.state.copy())
-            if count % frame_stride == 0:
-                frames.append(self.render())
-            success = self.seed % 2 == 0 and self.steps >= 10 + self.seed % 5  # even seeds succeed, at different times
-            if success or self.steps >= self.max_steps:
-                break
-        n = len(states)
-        reached = np.zeros(n, np.bool_)
-        reached[-1] = success
-        shaped = np.asarray(frames, np.uint8).reshape(len(frames), SIDE, SIDE, 3)
-        return StepResult(shaped, np.stack(states), np.zeros(n, np.float32), reached, bool(success or self.steps >= self.max_steps))
-
-    def close(self) -> None:
-        pass
-
-
-class FakeVector:
-    """`VectorEnv` of fake robots, in this process."""
-
-    made = 0
-
-    def __init__(self, name: str, n: int, workers: int = 2, max_steps: int = 40, **settings: Any) -> None:
-        type(self).made += 1
-        self.name, self.n = name, n
-        self.robots = [FakeRobot(max_steps) for _ in range(n)]
-        for field in ("state_dim", "action_dim", "action_low", "action_high", "control_hz", "image_size", "instruction", "max_steps"):
-            setattr(self, field, getattr(self.robots[0], field))
-
-    def reset(self, seeds: Sequence[int]) -> Observations:
-        first = [robot.reset(seed) for robot, seed in zip(self.robots, seeds, strict=False)]
-        return Observations(np.stack([o.frames for o in first]), np.stack([o.state for o in first]))
-
-    def run(self, actions: np.ndarray, rows: Sequence[int], frame_stride: int) -> list[StepResult]:
-        return [self.robots[row].run(actions[i], frame_stride) for i, row in enumerate(rows)]
-
-    def __enter__(self) -> FakeVector:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,12 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    config = tiny_config(*TINY)
-    codec = LinearCodec(config.codec)
-    codec.fit(torch.from_numpy(np.random.default_rng(0).integers(0, 255, (8, 4, SIDE, SIDE, 3), dtype=np.uint8)))
-    spread = np.linspace(-1, 1, 100)[:, None].repeat(4, axis=1)
-    normalizer = Normalizer.fit({"state": 2 * spread, "action": 0.2 * spread}).to_dict()
-    return Policy(config, tiny_model(config), codec, normalizer, {"control_hz": 80, "tasks": ["go there"]})
+    return fake_policy()
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +56,7 @@ def checkpoint(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeVector]:
     monkeypatch.setattr(rollout_module, "VectorEnv", FakeVector)
-    monkeypatch.setattr(rollout_module, "choose_backend", lambda: "none")
+    monkeypatch.setattr(results_module, "choose_backend", lambda: "none")
     monkeypatch.setattr(rollout_module, "LATENCY_CHUNKS", 3)
     FakeVector.made = 0
     return FakeVector
@@ -176,71 +100,19 @@ def test_side_by_side_equals_one_by_one(policy: Policy, mode: str, replan: int) 
     assert np.abs(other.sent[20001][0] - together.sent[20001][0]).max() > 1e-3, "the noise does matter"
 
 
-def blocks_of(policy: Policy, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Executed actions, frames and states of a few blocks of two rows."""
-    t, rng = policy.config.timeline, np.random.default_rng(1)
-    for _ in range(count):
-        yield (
-            rng.uniform(-0.2, 0.2, (2, t.actions_per_block, 4)).astype(np.float32),
-            rng.integers(0, 255, (2, t.frames_per_block, SIDE, SIDE, 3), dtype=np.uint8),
-            rng.uniform(-1, 1, (2, t.actions_per_block, 4)).astype(np.float32),
-        )
-
-
-def new_memory(kind: type[Stream] | type[Memory], policy: Policy) -> Stream | Memory:
-    rng = np.random.default_rng(0)
-    first = Observations(rng.integers(0, 255, (2, 1, SIDE, SIDE, 3), dtype=np.uint8), rng.uniform(-1, 1, (2, 4)).astype(np.float32))
-    return kind(Session(policy, ["go there"] * 2, "metaworld", [1, 2]), first)
-
-
-def planned(memory: Stream | Memory) -> np.ndarray:
-    actions = memory.session.plan("joint", SamplingConfig(steps=2)).actions
-    assert actions is not None
-    return actions
-
-
-def test_streaming_equals_laying_the_window_anew_while_it_holds_everything(policy: Policy) -> None:
-    stream, memory = new_memory(Stream, policy), new_memory(Memory, policy)
-    np.testing.assert_allclose(planned(memory), planned(stream), atol=1e-5)
-    for number, block in enumerate(blocks_of(policy, policy.config.timeline.blocks), start=1):
-        stream.advance(*block)
-        memory.advance(*block)
-        if number < policy.config.timeline.blocks:
-            np.testing.assert_allclose(planned(memory), planned(stream), atol=1e-5)
-    assert memory.session.block == policy.config.timeline.blocks - 1, "a plan is the last block of a training window, and no later"
-    assert np.abs(planned(memory) - planned(stream)).max() > 1e-5, "now the stream remembers more"
-
-
-def test_a_window_laid_in_the_middle_of_a_block_ends_at_the_present(policy: Policy) -> None:
-    """After 2 blocks and 4 steps in stretches of 4, the session is what it would be for a robot that began 4 steps later."""
-    executed, frames, states = (np.concatenate(part, axis=1) for part in zip(*blocks_of(policy, 3), strict=True))
-    stride = policy.config.timeline.frame_stride
-    memory = new_memory(Memory, policy)
-    for begin in range(0, 20, 4):
-        end = begin + 4
-        memory.advance(executed[:, begin:end], frames[:, begin // stride : end // stride], states[:, begin:end])
-    late = Session(policy, ["go there"] * 2, "metaworld", [1, 2])
-    late.observe(frames[:, 1:2], states[:, 3])  # at step 4
-    for begin in (4, 12):
-        late.commit(executed[:, begin : begin + 8])
-        late.observe(frames[:, begin // stride : begin // stride + 4], states[:, begin + 7])
-    expected = late.plan("joint", SamplingConfig(steps=2)).actions
-    np.testing.assert_allclose(planned(memory), expected, atol=1e-5)
-
-
-def test_the_gate_clips_counts_and_refuses() -> None:
-    gate = Gate(np.full(2, -1, np.float32), np.full(2, 1, np.float32))
-    sent, outside = gate(np.array([[[0.5, 1.01], [3.0, 0.0]]], np.float32))
-    assert sent.tolist() == [[[0.5, 1.0], [1.0, 0.0]]] and outside.tolist() == [[False, True]]
-    with pytest.raises(ValueError, match="row 0 holds nan at action 1, dimension 0; nothing was sent"):
-        gate(np.array([[[0, 0], [np.nan, 0]]], np.float32))
+def test_what_lies_outside_the_box_is_moved_and_counted_and_more_is_refused() -> None:
+    gate = Gate(box_gate(np.full(2, -1, np.float32), np.full(2, 1, np.float32)), 2, 80.0)
+    passed = gate(np.array([[0.5, 1.01], [2.5, 0.0]], np.float32))
+    assert passed.actions.tolist() == [[0.5, 1.0], [1.0, 0.0]] and passed.interventions == {"clipped": 2}
+    with pytest.raises(GateRefusal, match="outside of"):
+        gate(np.array([[3.5, 0]], np.float32))
 
 
 def test_a_plan_that_is_not_finite_stops_the_evaluation(policy: Policy) -> None:
     broken = json.loads(json.dumps(policy.normalizer))
     broken["keys"]["action"]["center"][2] = float("nan")
     driver = Driver(dataclasses.replace(policy, normalizer=broken), "skip", SamplingConfig(steps=1), 8, 0)
-    with pytest.raises(ValueError, match=r"mode 'skip' at control step 0 .*seeds \[20001\].*nan at action 0, dimension 2"):
+    with pytest.raises(ValueError, match=r"mode 'skip', episodes of seeds \[20001\]: at control step 0: the plan holds nan at action 0, dimension 2"):
         driver.drive(FakeVector("fake", 1), [20001])
 
 
@@ -290,18 +162,25 @@ def test_filming_changes_nothing(policy: Policy) -> None:
 
 
 def test_imagined_frames_lie_beside_those_that_came(policy: Policy) -> None:
-    """Row 2 stands second in the batch when row 1 is over; of 4 imagined frames, the 3 that came in time are shown."""
+    """A plan from step 0 on, and one from step 4 on that replaces the rest of it; frames come every other step."""
     film, rng = Film(Driver(policy, "joint", SamplingConfig(steps=1), 8, 0), [1, 3, 5], [2], control_hz=80), np.random.default_rng(0)
     latents = torch.randn(2, policy.config.codec.channels, 1, *policy.model.latent_size)
-    frames = rng.integers(0, 255, (3, SIDE, SIDE, 3), dtype=np.uint8)
-    result = StepResult(frames, np.zeros((6, 4), np.float32), np.zeros(6, np.float32), np.zeros(6, np.bool_), False)
+    frames = rng.integers(0, 255, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    result = StepResult(frames, np.zeros((4, 4), np.float32), np.zeros(4, np.float32), np.zeros(4, np.bool_), False)
     session: Any = None  # not asked when a plan holds imagined latents
-    for _ in range(2):
-        film.planned(session, [0, 2], Plan(None, latents, {}), np.zeros((2, 8, 4), np.float32), 1.0)
+    for i in range(2):
+        film.planned(session, [0], Plan(None, latents[:1], {}), np.zeros((1, 8, 4), np.float32), 1.0)
+        film.placed(0, 4 * i)
+        film.planned(session, [2], Plan(None, latents[i : i + 1], {}), np.zeros((1, 8, 4), np.float32), 1.0)
+        film.placed(2, 4 * i)
         film.ran([0, 2], [result, result])
-    expected = policy.codec.decode(latents, first=False).numpy()[1, :3]
-    np.testing.assert_array_equal(film.clips(2)["imagined"], np.concatenate([expected, expected]))
+    decoded = policy.codec.decode(latents, first=False).numpy()
+    np.testing.assert_array_equal(film.clips(2)["imagined"], np.concatenate([decoded[0, :2], decoded[1, :2]]))
     np.testing.assert_array_equal(film.clips(2)["real"], np.concatenate([frames, frames]))
+
+
+def _episodes(results: dict[str, Any]) -> list[Episode]:
+    return [Episode(**entry) for entry in results["modes"]["skip"]["episode_results"]]
 
 
 def test_an_interrupted_run_goes_on(checkpoint: Path, fake: type[FakeVector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,11 +188,11 @@ def test_an_interrupted_run_goes_on(checkpoint: Path, fake: type[FakeVector], tm
     waves = []
     drive = Driver.drive
 
-    def interrupted(self: Driver, env: Any, seeds: Sequence[int], watchers: Sequence[Watcher] = ()) -> Any:
+    def interrupted(self: Driver, env: Any, seeds: Sequence[int], *more: Any) -> Any:
         waves.append(list(seeds))
         if len(waves) == 2:
             raise KeyboardInterrupt
-        return drive(self, env, seeds, watchers)
+        return drive(self, env, seeds, *more)
 
     monkeypatch.setattr(Driver, "drive", interrupted)
     with pytest.raises(KeyboardInterrupt, match="3 finished episodes are kept"):
@@ -322,7 +201,7 @@ def test_an_interrupted_run_goes_on(checkpoint: Path, fake: type[FakeVector], tm
     assert half["finished"] is None and half["modes"]["skip"]["episodes"] == 3
     again = rollout(checkpoint, settings(), tmp_path / "two")
     assert waves[:3] == [[20000, 20001, 20002], [20003, 20004], [20003, 20004]]
-    assert again["finished"] and again["modes"]["skip"]["episode_results"] == whole["modes"]["skip"]["episode_results"]
+    assert again["finished"] and _episodes(again) == _episodes(whole)
     made = fake.made
     assert rollout(checkpoint, settings(), tmp_path / "two") == again and fake.made == made, "nothing is left to do"
     assert set(rollout(checkpoint, settings(modes=("joint",)), tmp_path / "two")["modes"]) == {"skip", "joint"}, "another mode joins"
@@ -335,7 +214,7 @@ def test_an_interrupted_run_goes_on(checkpoint: Path, fake: type[FakeVector], tm
     [
         ({"modes": ("skp",)}, "unknown mode 'skp'; did you mean 'skip'"),
         ({"modes": ("forward",)}, "'forward'.* cannot drive; modes that can: skip, skip_registers, joint, joint_mutual, imagine, action_only"),
-        ({"replan": 9}, "rollout.replan is 9, but a plan of this checkpoint holds 8 control steps"),
+        ({"replan": 9}, "rollout.replan is 9, but frames come every 2 control steps and a plan of this checkpoint holds 8"),
         ({"replan": 3}, "rollout.replan is 3, but frames come every 2 control steps.*use one of 2, 4, 6, 8"),
     ],
 )
@@ -348,10 +227,10 @@ def test_settings_that_do_not_fit_are_refused(policy: Policy, changes: dict[str,
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("state_dim", 7, "fake has 7 state dimensions, but the checkpoint's embodiment 'metaworld' has 4"),
-        ("action_dim", 3, "fake has 3 action dimensions, but the checkpoint's embodiment 'metaworld' has 4"),
-        ("image_size", 64, "images of 64x64, but the checkpoint's codec takes 32x32"),
-        ("control_hz", 20, "20 control steps a second, but the checkpoint was trained at 80"),
+        ("state_dim", 7, "state +. 4 numbers +. 7 numbers +. <- differs"),
+        ("action_dim", 3, "action +. 4 numbers +. 3 numbers +. <- differs"),
+        ("image_size", 64, "picture of each +. 32 x 32 +. 64 x 64 +. <- differs"),
+        ("control_hz", 20, "control rate +. 80 a second +. 20 a second +. <- differs"),
     ],
 )
 def test_another_robot_is_refused(policy: Policy, attribute: str, value: int, message: str) -> None:
@@ -400,9 +279,9 @@ class Clever(FakeRobot):
 def test_baselines_play_without_images() -> None:
     robot = Clever()
     assert baselines.available(robot) == ["expert", "hold_still", "random"] and baselines.available(FakeRobot()) == ["hold_still", "random"]
-    assert baselines.play(robot, "expert", 1)
-    assert not baselines.play(robot, "hold_still", 1) and np.array_equal(robot.state, np.random.default_rng(1).uniform(-0.5, 0.5, 4).astype(np.float32))
-    assert not baselines.play(robot, "random", 1)
+    assert baselines.play(robot, "expert", 1).success
+    assert not baselines.play(robot, "hold_still", 1).success and np.array_equal(robot.state, np.random.default_rng(1).uniform(-0.5, 0.5, 4).astype(np.float32))
+    assert not baselines.play(robot, "random", 1).success
 
 
 @pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs pip install 'wam[sim]'")

@@ -105,6 +105,10 @@ class RolloutConfig:
     batch: int = 25  # episodes driven side by side
     workers: int = 2
     videos: int = 3  # episodes of each mode that are saved as mp4
+    gate: str | None = None  # limits of what may be sent, a YAML file as `wam serve --gate` takes; default: the environment's action box
+    overlap: bool = False  # simulate half of the robots while the others are planned for: where planning has a processor of its own
+    record: str | None = None  # directory of a LeRobot dataset that gets every episode, failures included
+    agreement: bool = False  # compare what was imagined with what came, in every plan
     execution: ExecutionConfig = ExecutionConfig()
     check: CheckConfig = CheckConfig()
     planner: PlannerConfig = PlannerConfig()

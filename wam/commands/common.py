@@ -40,7 +40,12 @@ def section(cls: type[T], name: str, overrides: Sequence[str]) -> T:
         key, equals, value = override.partition("=")
         if not equals or not key.startswith(f"{name}."):
             raise ConfigError(f"override {override!r}: this command takes {name}.key=value; everything else comes from the checkpoint")
-        tree[key.removeprefix(f"{name}.")] = read_yaml(value, f"override {override!r}: the value")
+        node, (*parents, last) = tree, key.removeprefix(f"{name}.").split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {parent} was given a value, so it has no keys; give the whole section at once, or its keys one by one")
+        node[last] = read_yaml(value, f"override {override!r}: the value")
     return from_dict(cls, tree, where=name)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from wam.commands.common import Command, add_checkpoint, add_config, add_output, add_overrides, beside, flag_overrides, names, section
 from wam.config import ImagineConfig, RolloutConfig, load_config
+from wam.config_execution import TimeMode
 
 TRAIN = """\
 Train one model on every mode of the config. If the output directory holds a training state, training goes on from
@@ -51,19 +53,28 @@ def _train(args: argparse.Namespace) -> None:
     print(f"wrote {checkpoint}")
 
 
-ROLLOUT = f"""\
-Drive a robot in a simulator, closed loop, and count successes. Every mode sees the same episodes (the same seeds).
+EVALUATE = f"""\
+Drive a robot in a simulator, closed loop, and count successes. Every mode sees the same episodes (the same seeds), so
+that two policies or two modes can be compared episode by episode (wam paired).
 
 examples:
-  wam rollout --checkpoint runs/demo/train/checkpoint
-  wam rollout --checkpoint runs/demo/train/checkpoint --env metaworld/drawer-open-v3 --mode joint --episodes 50
-  wam rollout --checkpoint runs/demo/train/checkpoint --mode skip,joint --replan 4 --steps 8 rollout.videos=10
-  wam rollout --checkpoint runs/metaworld_mt10/checkpoint --env metaworld/mt10 --mode skip      ten tasks, one table (also mt50)
+  wam evaluate --checkpoint runs/demo/train/checkpoint
+  wam evaluate --checkpoint runs/demo/train/checkpoint --env metaworld/drawer-open-v3 --mode joint --episodes 50
+  wam evaluate --checkpoint runs/demo/train/checkpoint --mode skip,joint --replan 4 --steps 8 rollout.videos=10
+  wam evaluate --checkpoint runs/metaworld_mt10/checkpoint --env metaworld/mt10 --mode skip      ten tasks, one table (also mt50)
+  wam evaluate --checkpoint DIR --time asynchronous --delay 8             the next plan is made while this one runs, and takes 8 control steps
+  wam evaluate --checkpoint DIR --time asynchronous --realtime            as many as it really takes on this machine
+  wam evaluate --checkpoint DIR --budget 80 --mode joint,skip             the first of these modes that plans within 80 ms, with the steps that fit
+  wam evaluate --checkpoint DIR --disturb object_moved,arm_pushed rollout.check.source=forward     replan on surprise (needs wam calibrate)
+  wam evaluate --checkpoint DIR rollout.planner.kind=best_of_n            several plans, imagined, and the best of them
+  wam evaluate --checkpoint DIR rollout.record=data/driven                every episode into a LeRobot dataset
+  wam evaluate --checkpoint DIR --dry-run                                 print the first plan of each mode; nothing moves
 
 writes (beside the checkpoint in rollout-<task>/, or --output):
-  success with counts and intervals, one row an episode, latencies, and mp4 of the first episodes
+  success with counts and intervals, one row an episode (seed, outcome, length, interventions of the gate, latencies), versions, command, mp4 of the first episodes
 
 defaults: env {RolloutConfig().env}, modes {",".join(RolloutConfig().modes)}, {RolloutConfig().episodes} episodes from seed {RolloutConfig().seed}
+It has two names: evaluate and rollout.
 """
 
 
@@ -75,6 +86,12 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="N", type=int, help="seed of the first episode (rollout.seed)")
     parser.add_argument("--replan", metavar="N", type=int, help="control steps between plans; default: the whole block (rollout.replan)")
     parser.add_argument("--steps", metavar="N", type=int, help="solver steps of a plan (rollout.steps)")
+    parser.add_argument("--time", metavar="HOW", choices=get_args(TimeMode), help=f"how plans meet time: {', '.join(get_args(TimeMode))} (rollout.execution.time)")
+    parser.add_argument("--delay", metavar="N", type=int, help="control steps that the world moves on while a plan is made (rollout.execution.delay)")
+    parser.add_argument("--realtime", action="store_true", default=None, help="as many as plans really take here; one robot at a time (rollout.execution.realtime)")
+    parser.add_argument("--budget", metavar="MS", type=float, help="milliseconds a plan may take (rollout.execution.budget_ms)")
+    parser.add_argument("--disturb", metavar="A,B", type=names, help="what goes wrong on purpose (rollout.disturbances.kinds)")
+    parser.add_argument("--dry-run", action="store_true", help="print the first plan of each mode, and move nothing")
     add_output(parser, "where results go (default: beside the checkpoint)")
     add_overrides(parser, "rollout.key=value", "change a setting, e.g. rollout.batch=10 rollout.videos=0")
 
@@ -87,17 +104,26 @@ def _rollout(args: argparse.Namespace) -> None:
         "rollout.seed": args.seed,
         "rollout.replan": args.replan,
         "rollout.steps": args.steps,
+        "rollout.execution.time": args.time,
+        "rollout.execution.delay": args.delay,
+        "rollout.execution.realtime": args.realtime,
+        "rollout.execution.budget_ms": args.budget,
+        "rollout.disturbances.kinds": args.disturb,
     }
     config = section(RolloutConfig, "rollout", [*args.overrides, *flag_overrides(flags)])
     output = args.output or beside(args.checkpoint, f"rollout-{config.env.rsplit('/', 1)[-1]}")
 
-    from wam.evaluation.rollout import rollout
+    from wam.evaluation.results import summary
+    from wam.evaluation.rollout import dry_run, rollout
     from wam.evaluation.suite import SUITES, rollout_suite, table
 
+    if args.dry_run:
+        print(dry_run(args.checkpoint, config))
+        return
     if config.env in SUITES:
         print(table(rollout_suite(args.checkpoint, config, output)))
     else:
-        rollout(args.checkpoint, config, output)
+        print(summary(rollout(args.checkpoint, config, output)))
     print(f"wrote {output}")
 
 
@@ -186,7 +212,8 @@ def _report(args: argparse.Namespace) -> None:
 
 COMMANDS = (
     Command("train", "train a model, or go on training it", TRAIN, _train_arguments, _train),
-    Command("rollout", "drive a robot in a simulator and count successes", ROLLOUT, _rollout_arguments, _rollout),
+    Command("evaluate", "drive a robot in a simulator and count successes", EVALUATE, _rollout_arguments, _rollout),
+    Command("rollout", "another name of evaluate", EVALUATE.replace("wam evaluate", "wam rollout"), _rollout_arguments, _rollout),
     Command("imagine", "compare imagined video with what happened", IMAGINE, _imagine_arguments, _imagine),
     Command("demo", "collect, train, drive and report one task", DEMO, _demo_arguments, _demo),
     Command("report", "write the report of a run again", REPORT, _report_arguments, _report),

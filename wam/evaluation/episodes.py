@@ -1,37 +1,33 @@
-"""Episodes in lockstep: many robots planned for in one batch, each as if it were alone.
+"""Episodes of simulated robots: many side by side, each as if it were alone.
 
-    observe -> plan -> gate -> execute -> remember -> plan -> ...
+    decide (plans for all that are due, together)  ->  simulate a stretch of each  ->  tell the executor what came  ->  decide ...
 
-All rows of a wave stand at the same control step, so one forward pass plans for all; rows whose episode is over are dropped.  A row's
-noise comes from a generator of its own, so what happens in an episode does not depend on its neighbours.
-
-Robots that execute whole blocks stream: what is new is appended to the session's memory.  Robots that plan again before a block is
-over would find themselves inside a block, where the model never was in training; so their window is laid anew to end at the present,
-which is in distribution because training windows begin anywhere:
-
-    control steps   ...  t - 2A ...... t - A ........ t  = now, any multiple of `replan`
-    window               H | block 0   | block 1     | block 2: the plan, of which `replan` steps are executed
+Every robot has its own clock, memory, noise and instruction (`wam.inference.executor`), so what happens in an episode does not depend on
+its neighbours.  With `overlap` one half of the robots is simulated while the other half is planned for, which pays where planning has a
+processor of its own, such as a GPU.  An environment that crashes ends its episode as `crashed`: nothing is said about the policy, and
+nothing else is lost.
 """
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from wam.config import SamplingConfig
-from wam.evaluation.environments import Floats, StepResult
-from wam.evaluation.vector import Observations, VectorEnv
+from wam.config import CheckConfig, DisturbanceConfig, ExecutionConfig, PlannerConfig, SamplingConfig
+from wam.evaluation.disturbances import extra_delay
+from wam.evaluation.environments import Event, Floats, Frames, StepResult
+from wam.evaluation.vector import VectorEnv
+from wam.inference.check import SurpriseScale
+from wam.inference.executor import Executor, Loop, Made, Robot
+from wam.inference.gate import Gate, GateConfig, GroupLimits
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy
 
-TOLERANCE = 0.05  # of the action box's width: a plan that lies on the edge, as experts' actions often do, overshoots by a little
+Outcome = Literal["success", "failed", "stopped", "crashed"]
+CLIPPING = 0.99  # of the box's width: an action this far outside is moved onto its edge, as simulators do, and counted
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,14 @@ class Episode:
 
     Attributes:
         length: control steps executed.
-        chunks: plans made.
-        interventions: executed control steps that the gate moved back into the action box, by more than `TOLERANCE`.
+        chunks: plans made; `evaluated` by mode.
+        interventions: control steps that the gate changed or cut off, `gate` by rule.
+        outcome: `stopped` by the gate or by a surprise, `crashed` by the simulator; `why` says more.
+        held: control steps without a decided action; `late`: plans that came after the robot had run dry; `refused`: plans not let through.
+        surprises, replans: comparisons above the threshold, and plans asked for because of one.
+        flops: of its plans and checks.
+        latency_ms_p50, latency_ms_p95, latency_ms_max: from an observation to a plan, as it was in this run (a batch waits together).
+        events: what was done to it on purpose.
     """
 
     seed: int
@@ -49,108 +51,43 @@ class Episode:
     length: int
     chunks: int
     interventions: int
+    outcome: Outcome = "failed"
+    why: str | None = None
+    gate: dict[str, int] = field(default_factory=dict)
+    modes: dict[str, int] = field(default_factory=dict)
+    held: int = 0
+    late: int = 0
+    refused: int = 0
+    surprises: int = 0
+    replans: int = 0
+    flops: float = 0.0
+    reward: float = 0.0  # the largest
+    events: tuple[dict[str, Any], ...] = ()
+    latency_ms_p50: float | None = field(default=None, compare=False)
+    latency_ms_p95: float | None = field(default=None, compare=False)
+    latency_ms_max: float | None = field(default=None, compare=False)
 
-
-# ------------------------------------------------------------------------------------------------ the gate
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The last thing between a plan and a robot: numbers must be finite, and inside the action box (Da,)."""
-
-    low: Floats
-    high: Floats
-
-    def __call__(self, actions: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Actions (B, A, Da) clipped to the box, and which control steps (B, A) lay outside.
-
-        Raises:
-            ValueError: an action that is not finite; no other action is put in its place.
-        """
-        broken = np.argwhere(~np.isfinite(actions))
-        if len(broken):
-            row, step, dimension = (int(i) for i in broken[0])
-            raise ValueError(
-                f"the plan of row {row} holds {actions[row, step, dimension]} at action {step}, dimension {dimension}; nothing was sent to the robot"
-            )
-        slack = TOLERANCE * (self.high - self.low)
-        outside = np.asarray(((actions < self.low - slack) | (actions > self.high + slack)).any(axis=-1), np.bool_)
-        return np.clip(actions, self.low, self.high).astype(np.float32), outside
-
-
-# ------------------------------------------------------------------------------------------------ two ways to remember
-
-
-class Stream:
-    """Memory of robots that execute whole blocks: each block is written into the session once."""
-
-    def __init__(self, session: Session, first: Observations) -> None:
-        self.session = session
-        session.observe(first.frames, first.states)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only some rows, in the given order."""
-        self.session.select(rows)
-
-    def advance(self, executed: Floats, frames: npt.NDArray[np.uint8], states: Floats) -> None:
-        """Take in a stretch: actions (B, A, Da), frames (B, 4k, H, W, 3), states after each step (B, A, Ds)."""
-        self.session.commit(executed)
-        self.session.observe(frames, states[:, -1])
-
-
-class Memory:
-    """Memory of robots that plan more often: the last blocks that fit a training window, written anew so that they end at the present."""
-
-    def __init__(self, session: Session, first: Observations) -> None:
-        timeline = session.policy.config.timeline
-        self.session = session
-        self._block, self._stride = timeline.actions_per_block, timeline.stride
-        self._reach = (timeline.blocks - 1) * timeline.actions_per_block  # control steps that can lie before the planned block
-        self._frames, self._states = first.frames, first.states[:, None]
-        self._executed = np.zeros((session.batch, 0, session.dims.raw_action_dim), np.float32)
-        self._recall()
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only some rows, in the given order."""
-        index = list(rows)
-        self.session.select(index)
-        self._frames, self._states, self._executed = self._frames[index], self._states[index], self._executed[index]
-
-    def advance(self, executed: Floats, frames: npt.NDArray[np.uint8], states: Floats) -> None:
-        """Take in a stretch of n control steps, n a multiple of the frame stride, as `Stream.advance`."""
-        self._executed = _last(np.concatenate([self._executed, executed], axis=1), self._reach)
-        self._frames = _last(np.concatenate([self._frames, frames], axis=1), self._reach // self._stride + 1)
-        self._states = _last(np.concatenate([self._states, states], axis=1), self._reach + 1)
-        self._recall()
-
-    def _recall(self) -> None:
-        """Write as many whole blocks as are remembered into an empty session."""
-        now = self._executed.shape[1]
-        start = now % self._block
-        first = start // self._stride
-        self.session.reset()
-        self.session.observe(self._frames[:, first : first + 1], self._states[:, start])
-        for begin in range(start, now, self._block):
-            end = begin + self._block
-            self.session.commit(self._executed[:, begin:end])
-            self.session.observe(self._frames[:, begin // self._stride + 1 : end // self._stride + 1], self._states[:, end])
-
-
-def _last(array: npt.NDArray, count: int) -> npt.NDArray:
-    return array[:, max(0, array.shape[1] - count) :]
-
-
-# ------------------------------------------------------------------------------------------------ the loop
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "events", tuple(self.events))
 
 
 class Watcher:
     """Sees what happens in a wave, and changes nothing.  Subclasses override what they need."""
 
+    def began(self, row: int, instruction: str, frame: Frames, state: Floats) -> None:
+        """A robot's episode began: what it is asked, and what was seen first (H, W, 3), (Ds,)."""
+
     def planned(self, session: Session, rows: Sequence[int], plan: Plan, sent: Floats, milliseconds: float) -> None:
-        """A plan was made for `rows`; `sent` (B, A, Da) is what the gate let through, `milliseconds` the time since the last observation."""
+        """A plan was made for `rows`: actions `sent` (B, A, Da), before the gate; `milliseconds` since the observation it rests on."""
+
+    def placed(self, row: int, at: int) -> None:
+        """The plan just made for a row is executed from its control step `at` on."""
 
     def ran(self, rows: Sequence[int], results: Sequence[StepResult]) -> None:
         """Stretches were executed in `rows`."""
+
+    def acted(self, row: int, actions: Floats) -> None:
+        """What a row was sent for the stretch that `ran` is told of next, (n, Da)."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +97,9 @@ class Driver:
     Attributes:
         replan: control steps executed of each plan: a whole block, or a smaller multiple of the frame stride.
         noise_seed: with an episode's seed, decides the noise its plans start from.
+        scale: what surprise is measured in, where `check` asks for it.
+        gate: what a robot may be sent; None: finite numbers, moved into the environment's action box.
+        overlap: simulate one half of the robots while planning for the other.
     """
 
     policy: Policy
@@ -167,74 +107,183 @@ class Driver:
     solver: SamplingConfig
     replan: int
     noise_seed: int
+    execution: ExecutionConfig = ExecutionConfig()
+    check: CheckConfig = CheckConfig()
+    planner: PlannerConfig = PlannerConfig()
+    disturbances: DisturbanceConfig = DisturbanceConfig()
+    scale: SurpriseScale | None = None
+    gate: GateConfig | None = None
+    overlap: bool = False
 
-    def drive(self, env: VectorEnv, seeds: Sequence[int], watchers: Sequence[Watcher] = ()) -> list[Episode]:
+    @property
+    def loop(self) -> Loop:
+        """How the executor is to make and use plans."""
+        return Loop(self.mode, self.solver, self.replan, self.execution, self.check, self.planner, self.noise_seed)
+
+    def drive(self, env: VectorEnv, seeds: Sequence[int], watchers: Sequence[Watcher] = (), goals: Mapping[int, Frames] | None = None) -> list[Episode]:
         """Drive one episode per seed, side by side, until all are over.
+
+        Args:
+            goals: goal images (H, W, 3) by seed, for policies that take them.
 
         Raises:
             ValueError: a plan that is not finite; names the mode, the control step and the seeds.
-            EnvironmentCrash: a simulator failed.
+            EnvironmentCrash: an environment that cannot be run at all.
         """
-        timeline = self.policy.config.timeline
-        remember = Stream if self.replan == timeline.actions_per_block else Memory
-        gate, tally = Gate(env.action_low, env.action_high), _Tally.new(len(seeds))
-        session = Session(
-            self.policy, [env.instruction] * len(seeds), self.policy.config.data.embodiment, [generator_seed(self.noise_seed, seed) for seed in seeds]
-        )
-        rows = list(range(len(seeds)))
+        wave = _Wave(self, env, seeds, watchers, goals or {})
+        halves = [wave.rows[: len(wave.rows) // 2], wave.rows[len(wave.rows) // 2 :]] if self.overlap and len(wave.rows) > 1 else [wave.rows]
+        waiting: list[int] | None = None  # rows that are being simulated
+        turn = 0
+        while wave.running:
+            mine = [row for row in halves[turn % len(halves)] if row in wave.running and row not in (waiting or [])]
+            wave.decide(mine)
+            stretches = wave.stretches(mine)
+            if waiting is not None:
+                wave.take(env.collect())
+            waiting = mine
+            wave.submit(stretches)
+            if len(halves) == 1:
+                wave.take(env.collect())
+                waiting = None
+            turn += 1
+        return wave.episodes()
+
+
+    def first_plan(self, env: VectorEnv, seed: int, goals: Mapping[int, Frames] | None = None) -> tuple[Floats, Floats, float]:
+        """What would be sent first in an episode (n, Da), without delay; the whole plan (A, Da) and its milliseconds.  Nothing is executed.
+
+        Raises:
+            ValueError: as `drive`, or an environment that cannot begin.
+        """
+        plans: list[tuple[Floats, float]] = []
+
+        class Keep(Watcher):
+            def planned(self, session: Session, rows: Sequence[int], plan: Plan, sent: Floats, milliseconds: float) -> None:
+                plans.append((sent[0], milliseconds))
+
+        wave = _Wave(self, env, [seed], [Keep()], goals or {})
+        if not wave.running:
+            raise ValueError(wave.counts[0].why)
+        wave.executor.decide([wave.running[0]])
+        return wave.running[0].queue, *plans[0]
+
+
+class _Wave:
+    """The robots of one call of `drive`."""
+
+    def __init__(self, driver: Driver, env: VectorEnv, seeds: Sequence[int], watchers: Sequence[Watcher], goals: Mapping[int, Frames]):
+        self.driver, self.env, self.seeds, self.watchers = driver, env, seeds, watchers
+        self.counts = [_Count() for _ in seeds]
+        self._row_of: dict[int, int] = {}
+        gate = Gate(driver.gate or box_gate(env.action_low, env.action_high), env.action_dim, env.control_hz)
+        self.executor = Executor(driver.policy, driver.loop, gate, driver.scale, self._made)
         first = env.reset(seeds)
-        start = time.perf_counter()
-        memory = remember(session, first)
-        while True:
-            plan = session.plan(self.mode, self.solver)
-            assert plan.actions is not None, f"mode {self.mode} plans no actions"
-            try:
-                sent, outside = gate(plan.actions)
-            except ValueError as error:
-                step, planned = int(tally.length.max()), [seeds[row] for row in rows]
-                raise ValueError(f"mode {self.mode!r} at control step {step} (rows are the episodes of seeds {planned}): {error}") from error
-            elapsed = (time.perf_counter() - start) * 1e3
+        self.running: dict[int, Robot] = {}
+        for row, seed in enumerate(seeds):
+            self.counts[row].events += first.events[row] if first.events else ()
+            if row in first.crashed:
+                self.counts[row].end("crashed", first.crashed[row])
+                continue
+            rest = None if first.rest is None else first.rest[row]
+            instruction = first.instructions[row] if first.instructions else env.instruction
+            late = extra_delay(driver.disturbances, seed, env.control_hz, env.max_steps)
+            robot = self.executor.begin(instruction, generator_seed(driver.noise_seed, seed), first.frames[row, 0], first.states[row], env.hold, rest, goals.get(seed), late)
+            self.running[row] = robot
+            self._row_of[id(robot)] = row
             for watcher in watchers:
-                watcher.planned(session, rows, plan, sent, elapsed)
-            results = env.run(sent[:, : self.replan], rows, timeline.stride)
-            for watcher in watchers:
-                watcher.ran(rows, results)
-            tally.add(rows, results, outside)
-            keep = [i for i, result in enumerate(results) if not result.done]
-            if not keep:
-                return tally.episodes(seeds)
-            start = time.perf_counter()
-            rows = [rows[i] for i in keep]
-            memory.select(keep)
-            memory.advance(sent[keep, : self.replan], np.stack([results[i].frames for i in keep]), np.stack([results[i].states for i in keep]))
+                watcher.began(row, instruction, first.frames[row, 0], first.states[row])
+        self.robots = dict(self.running)
+        self.rows = list(self.running)
+
+    def decide(self, rows: Sequence[int]) -> None:
+        """Plan where plans are due."""
+        try:
+            self.executor.decide([self.running[row] for row in rows])
+        except ValueError as error:
+            raise ValueError(f"mode {self.driver.mode!r}, episodes of seeds {[self.seeds[row] for row in rows]}: {error}") from error
+        for row in rows:
+            robot = self.running[row]
+            if robot.stopped is not None:
+                self.counts[row].end("stopped", robot.stopped)
+                del self.running[row]
+
+    def stretches(self, rows: Sequence[int]) -> dict[int, Floats]:
+        """What each robot that still runs does next."""
+        return {row: self.executor.stretch(self.running[row]) for row in rows if row in self.running}
+
+    def submit(self, stretches: Mapping[int, Floats]) -> None:
+        """Hand stretches to the simulators, those of one length together."""
+        self._sent = getattr(self, "_sent", {}) | dict(stretches)
+        for length in sorted({len(actions) for actions in stretches.values()}):
+            rows = [row for row, actions in stretches.items() if len(actions) == length]
+            self.env.submit(np.stack([stretches[row] for row in rows]), rows, self.driver.policy.config.timeline.stride)
+
+    def take(self, results: Mapping[int, StepResult]) -> None:
+        """Note what came of the stretches."""
+        rows = sorted(results)
+        for watcher in self.watchers:
+            for row in rows:
+                watcher.acted(row, self._sent[row])
+            watcher.ran(rows, [results[row] for row in rows])
+        for row in rows:
+            result, robot, count = results[row], self.running[row], self.counts[row]
+            sent = self._sent.pop(row)[: len(result.states)]
+            count.add(result)
+            if result.crashed is not None:
+                count.end("crashed", result.crashed)
+            elif result.done:
+                count.end("success" if result.success.any() else "failed", None)
+            else:
+                self.executor.saw(robot, result.frames, result.states, sent)
+                continue
+            del self.running[row]
+
+    def episodes(self) -> list[Episode]:
+        """What came of each, in the order of the seeds."""
+        return [count.episode(int(seed), self.robots.get(row)) for row, (seed, count) in enumerate(zip(self.seeds, self.counts, strict=True))]
+
+    def _made(self, made: Made) -> None:
+        row = self._row_of[id(made.robot)]
+        assert made.plan.actions is not None
+        for watcher in self.watchers:
+            watcher.planned(made.robot.session, [row], made.plan, made.plan.actions, made.milliseconds)
+            watcher.placed(row, made.at)
 
 
-@dataclass(frozen=True)
-class _Tally:
-    """Counts per row of a wave."""
+@dataclass
+class _Count:
+    """An episode as it is counted."""
 
-    success: npt.NDArray[np.bool_]
-    length: npt.NDArray[np.int64]
-    chunks: npt.NDArray[np.int64]
-    interventions: npt.NDArray[np.int64]
+    length: int = 0
+    reward: float = 0.0
+    outcome: Outcome | None = None
+    why: str | None = None
+    events: tuple[Event, ...] = ()
 
-    @classmethod
-    def new(cls, rows: int) -> _Tally:
-        return cls(np.zeros(rows, np.bool_), *(np.zeros(rows, np.int64) for _ in range(3)))
+    def add(self, result: StepResult) -> None:
+        self.length += len(result.states)
+        self.reward = max([self.reward, *(float(r) for r in result.rewards)])
+        self.events += result.events
 
-    def add(self, rows: Sequence[int], results: Sequence[StepResult], outside: npt.NDArray[np.bool_]) -> None:
-        for i, (row, result) in enumerate(zip(rows, results, strict=True)):
-            executed = len(result.states)
-            self.success[row] = result.success.any()
-            self.length[row] += executed
-            self.chunks[row] += 1
-            self.interventions[row] += outside[i, :executed].sum()
+    def end(self, outcome: Outcome, why: str | None) -> None:
+        self.outcome, self.why = outcome, why
 
-    def episodes(self, seeds: Sequence[int]) -> list[Episode]:
-        return [
-            Episode(int(seed), bool(self.success[row]), int(self.length[row]), int(self.chunks[row]), int(self.interventions[row]))
-            for row, seed in enumerate(seeds)
-        ]
+    def episode(self, seed: int, robot: Robot | None) -> Episode:
+        assert self.outcome is not None
+        events = tuple({"kind": e.kind, "step": e.step, "size": e.size, "unit": e.unit, "lasts": e.lasts} for e in self.events)
+        ended = {"outcome": self.outcome, "why": self.why, "reward": self.reward, "events": events}
+        if robot is None:
+            return Episode(seed, False, self.length, 0, 0, **ended)  # type: ignore[arg-type]
+        t = robot.tally
+        spread = {f"latency_ms_{name}": float(np.percentile(t.latency_ms, q)) if t.latency_ms else None for name, q in (("p50", 50), ("p95", 95), ("max", 100))}
+        counted = {"held": t.held, "late": t.late, "refused": t.refused, "surprises": t.surprises, "replans": t.replans, "flops": t.flops}
+        return Episode(seed, self.outcome == "success", self.length, t.plans, sum(t.gate.values()), gate=dict(t.gate), modes=dict(t.modes), **ended, **counted, **spread)  # type: ignore[arg-type]
+
+
+def box_gate(low: Floats, high: Floats) -> GateConfig:
+    """Limits of an environment's action box: what lies outside is moved onto its edge, as simulators do, and counted."""
+    box = GroupLimits("all", 0, len(low), low=tuple(float(x) for x in low), high=tuple(float(x) for x in high))
+    return GateConfig((box,), slack=CLIPPING)
 
 
 def generator_seed(*parts: int) -> int:
@@ -242,19 +291,6 @@ def generator_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def imagine_outcome(session: Session, rows: Sequence[int], actions: Floats, solver: SamplingConfig, seeds: Sequence[int]) -> Tensor:
-    """What some rows of a session think will follow from actions (n, A, Da): latents (n, C, k, h, w).
-
-    The session itself is left as it is, its generators included.
-
-    Args:
-        rows: positions in the session.
-        seeds: of the noise, one a row.
-    """
-    aside = copy.copy(session)
-    aside.timings = {}
-    aside.select(rows)  # copies the cache
-    aside.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    imagined = aside.plan("forward", solver, actions).imagined
-    assert imagined is not None
-    return imagined
+def in_waves(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Seeds, `size` at a time."""
+    return (seeds[i : i + size] for i in range(0, len(seeds), size))

@@ -10,7 +10,7 @@ promised for the same steps.  From the first action that breaks a rule on, the p
 without further actions holds), `stop` sends nothing until a person resets, `raise` sends nothing this time.
 
 Limits are in the robot's own units and seconds.  A target (order 0) moves by its differences; a displacement a step (order 1) is itself a
-velocity over the rate.  numpy only, and no state: what was sent before is passed in.
+velocity over the rate.  There is no state: what was sent before is passed in.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from wam.config_tree import read_yaml
 
 Otherwise = Literal["hold", "stop", "raise"]
 Reason = Literal["not_finite", "position", "velocity", "jerk", "jump", "late"]
@@ -269,6 +272,20 @@ def _room(low: np.ndarray, high: np.ndarray) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ from a file
+
+
+def read_gate(path: Path, groups: Sequence[tuple[str, int]], dim: int) -> GateConfig:
+    """A gate's settings from a YAML file; see `gate_config`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not such settings.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of limits {path}; `wam serve --help` shows what one looks like")
+    tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path} holds no settings; `wam serve --help` shows what a file of limits looks like")
+    return gate_config(tree, groups, dim)
 
 
 def gate_config(tree: Mapping[str, Any], groups: Sequence[tuple[str, int]], dim: int) -> GateConfig:

@@ -145,8 +145,7 @@ def _worker(args: argparse.Namespace, names: dict[str, str]) -> Any:
     """The policy with its contract, gate and thread."""
     import torch
 
-    from wam.config_tree import read_yaml
-    from wam.inference.gate import Gate, GateConfig, gate_config
+    from wam.inference.gate import Gate, GateConfig, read_gate
     from wam.pretrained import from_pretrained
     from wam.serving.contract import SPACES, Contract
     from wam.serving.metrics import Metrics
@@ -154,9 +153,6 @@ def _worker(args: argparse.Namespace, names: dict[str, str]) -> Any:
 
     if args.action_space not in SPACES:
         raise ValueError(f"--action-space is {args.action_space!r}; expected one of {', '.join(SPACES)}")
-    limits = None if args.gate is None else read_yaml(args.gate.read_text(), str(args.gate))
-    if limits is not None and not isinstance(limits, dict):
-        raise ValueError(f"{args.gate} holds no settings; see wam serve --help")
     policy = from_pretrained(args.checkpoint, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = {"checkpoint_step": policy.meta.get("step"), "preset": policy.config.preset}
     contract = Contract.of(policy, args.embodiment, names, args.action_space, {key: value for key, value in about.items() if isinstance(value, (int, str))})
@@ -166,7 +162,7 @@ def _worker(args: argparse.Namespace, names: dict[str, str]) -> Any:
     if args.steps is not None:
         policy.config.sampling.with_steps(args.steps)
     groups = [(g.name, g.size) for g in contract.robot.action_groups]
-    config = GateConfig() if limits is None else gate_config(limits, groups, contract.robot.raw_action_dim)
+    config = GateConfig() if args.gate is None else read_gate(args.gate, groups, contract.robot.raw_action_dim)
     if not config.groups:
         logging.getLogger(__name__).warning("no limits are given (--gate): the gate only refuses numbers that are not finite")
     gate = Gate(config, contract.robot.raw_action_dim, contract.control_hz)

@@ -1,0 +1,521 @@
+"""The loop of the field: observe, infer, act, predict, check, replan; for one robot or for many side by side.
+
+    now ->                      t                 t + delay
+    queue (decided actions)     a a a a a a a a | . . .
+    plan asked for at t         [ ------- delay ------- ] taken up through the gate: replaces, or joins, what is left of the queue
+    what it foresaw             z1 ....... z2 .......     compared with the frames of that time as they come: a surprise asks for a plan at once
+
+Time is counted in control steps.  Whoever moves the robots (a simulator's driver, a server) calls three functions in turn:
+
+    decide(robots)      take up what is ready, plan for all that are due, in shared forward passes
+    stretch(robot)      what it does until the next moment at which something is to be decided
+    saw(robot, ...)     what came of it
+
+Nothing is made up: where a robot has no decided action it does what its `hold` says (stand still, or repeat its last command), and that is
+counted.  A plan that the gate refuses leaves the queue as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wam.config import CheckConfig, ExecutionConfig, PlannerConfig, SamplingConfig
+from wam.inference.adapt import Adaptive
+from wam.inference.batch import Call, Commit, Go, Think, run
+from wam.inference.check import Checker, Surprise, SurpriseScale
+from wam.inference.compute import check_flops, plan_flops
+from wam.inference.gate import MAX_HISTORY, Gate, GateRefusal
+from wam.inference.guided import plan_guided
+from wam.inference.memory import PolicySpan, StepMemory
+from wam.inference.planner import Planner, search_flops
+from wam.inference.session import Plan, Session
+from wam.model.conditions import Conditions
+from wam.pretrained import Policy
+
+LATENCIES = 10  # newest measured delays, whose largest is what the next plan is expected to take
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How plans are made and used.
+
+    Attributes:
+        replan: control steps between plans, at most what a plan covers behind its delay.
+        noise_seed: with a robot's own seed, decides the noise of what is imagined aside.
+    """
+
+    mode: str
+    sampling: SamplingConfig
+    replan: int
+    execution: ExecutionConfig = ExecutionConfig()
+    check: CheckConfig = CheckConfig()
+    planner: PlannerConfig = PlannerConfig()
+    noise_seed: int = 0
+
+
+@dataclass
+class Tally:
+    """What happened to a robot, in numbers.
+
+    Attributes:
+        plans: made; `refused` of them were not let through.
+        held: control steps without a decided action.
+        late: plans that came after the queue had run dry.
+        surprises: comparisons above the threshold; `replans`: plans asked for because of one.
+        gate: control steps changed or cut off, by rule.
+        flops: of all plans and checks.
+        latency_ms: of each plan, from its observation to its actions.
+    """
+
+    plans: int = 0
+    refused: int = 0
+    held: int = 0
+    late: int = 0
+    surprises: int = 0
+    replans: int = 0
+    gate: Counter[str] = field(default_factory=Counter)
+    flops: float = 0.0
+    latency_ms: list[float] = field(default_factory=list)
+    modes: Counter[str] = field(default_factory=Counter)
+    checks: list[Surprise] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A plan that is being made: asked for at `start`, to be taken up at `ready`.
+
+    Attributes:
+        origin: control step of its first action; None: when it is taken up.
+        dry: whether the robot had nothing decided when it was asked for.
+    """
+
+    plan: Plan
+    start: int
+    ready: int
+    origin: int | None
+    mode: str
+    imagined: Tensor | None
+    before: Tensor | None
+    stream: Any
+
+
+@dataclass
+class Foreseen:
+    """What the plan in use imagined (C, k, h, w), from control step `origin` on, and what came of it so far."""
+
+    imagined: Tensor
+    before: Tensor  # (C, h, w)
+    stream: Any  # encodes what comes, from the plan's observation on
+    origin: int
+    mode: str
+    came: list[Tensor] = field(default_factory=list)  # (C, h, w) each
+
+
+@dataclass
+class Robot:
+    """One robot, as the executor knows it.
+
+    Attributes:
+        hold: (d,): what is sent without a decided action; NaN: the last command again, before the first one `rest`.
+        queue: (n, d): decided actions from now on, all of which passed the gate.
+        extra_delay: control steps that a plan asked for at a step takes longer, for tests of latency.
+        stopped: why it does nothing any more.
+    """
+
+    session: Session
+    memory: StepMemory
+    hold: np.ndarray
+    rest: np.ndarray
+    adaptive: Adaptive
+    extra_delay: Callable[[int], int]
+    queue: np.ndarray
+    next_plan: int = 0
+    pending: Pending | None = None
+    foreseen: Foreseen | None = None
+    startled: bool = False
+    stopped: str | None = None
+    sent: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def now(self) -> int:
+        """Its control step."""
+        assert self.memory.now is not None
+        return self.memory.now
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan as it was made, for whoever watches: before the gate, executed from control step `at` on, with the milliseconds its robots waited for it."""
+
+    robot: Robot
+    plan: Plan
+    milliseconds: float
+    at: int
+
+
+class Executor:
+    """See the module's docstring.
+
+    Args:
+        gate: stands between plans and robots.
+        scale: what surprise is measured in; needed for a check.
+        watch: told of every plan when it is made.
+    """
+
+    def __init__(self, policy: Policy, loop: Loop, gate: Gate, scale: SurpriseScale | None = None, watch: Callable[[Made], None] = lambda made: None):
+        """Check that loop and policy fit.
+
+        Raises:
+            ValueError: a replan interval or a delay that a plan does not cover, or a check without a calibration.
+        """
+        self.policy, self.loop, self.gate, self.watch = policy, loop, gate, watch
+        t = policy.config.timeline
+        self.span, self.stride, self.horizon = PolicySpan.of(policy), t.stride, t.actions_per_block
+        check_times(policy, loop)
+        self.planner = Planner(policy, loop.planner) if loop.planner.kind != "none" else None
+        self.checker = self._new_checker(scale)
+        self._texts: dict[str, Conditions] = {}
+        self._flops: dict[str, float] = {}
+        self._took: deque[int] = deque(maxlen=LATENCIES)
+
+    def _new_checker(self, scale: SurpriseScale | None) -> Checker | None:
+        if self.loop.check.source == "none":
+            return None
+        if scale is None:
+            raise ValueError("check.source asks for surprise, which is measured in errors of validation, and none are given; run `wam calibrate --checkpoint DIR`")
+        checker = Checker(self.policy, self.loop.check, scale)
+        checker.require(*self._imagines_as(self.loop.mode))
+        return checker
+
+    def _imagines_as(self, mode: str) -> tuple[str, int]:
+        """The mode and solver steps that imagined a plan's own video."""
+        if self.planner is not None and self.planner.imagines:
+            return "forward", self.loop.planner.forward_steps
+        return mode, self.loop.sampling.steps
+
+    # ------------------------------------------------------------------------------------------ the three functions
+
+    def begin(
+        self,
+        instruction: str,
+        seed: int,
+        frame: np.ndarray,
+        state: np.ndarray | None,
+        hold: np.ndarray,
+        rest: np.ndarray | None = None,
+        goal: np.ndarray | None = None,
+        extra_delay: Callable[[int], int] = lambda step: 0,
+    ) -> Robot:
+        """A robot that has just been looked at.
+
+        Args:
+            frame, state: uint8 (H, W, 3) and (d,).
+            hold: (d',) what it is sent without a decided action; NaN: the last command again.
+            rest: (d',) the command that keeps it where it is now; None or NaN where there is none.
+            goal: a goal image (H, W, 3).
+            extra_delay: control steps that a plan asked for at a step takes longer.
+        """
+        goals = None if goal is None else goal[None]
+        session = Session(self.policy, [instruction], self.policy.config.data.embodiment, [seed], goals, self._texts.get(instruction))
+        self._texts.setdefault(instruction, session.instructions)
+        memory = StepMemory(self.span)
+        memory.begin(frame, state)
+        adaptive = Adaptive(self.loop.check)
+        adaptive.begin(self.loop.mode)
+        rest = np.full_like(hold, np.nan) if rest is None else rest
+        return Robot(session, memory, hold, rest, adaptive, extra_delay, np.zeros((0, session.dims.raw_action_dim), np.float32))
+
+    def decide(self, robots: Sequence[Robot]) -> None:
+        """Take up the plans that are ready, and ask for those that are due.
+
+        Raises:
+            ValueError: a plan that is not finite, or one that the gate refuses where it is told to raise.
+        """
+        active = [robot for robot in robots if robot.stopped is None]
+        for robot in active:
+            self._take_up(robot)
+        due = [robot for robot in active if self._due(robot)]
+        if due:
+            self._ask(due)
+            for robot in due:
+                self._take_up(robot)
+
+    def stretch(self, robot: Robot) -> np.ndarray:
+        """Actions (n, d) until something is to be decided, n a multiple of the frame stride."""
+        events = [self.horizon]
+        if robot.pending is not None:
+            events.append(robot.pending.ready - robot.now)
+        else:
+            events.append(robot.next_plan - robot.now)
+        if len(robot.queue):
+            events.append(len(robot.queue))
+        if robot.foreseen is not None:
+            events.append(self._looks_at(robot.foreseen) - robot.now)
+        steps = max(self.stride, min(n for n in events if n > 0) // self.stride * self.stride)
+        decided = robot.queue[:steps]
+        if len(decided) == steps:
+            return decided
+        robot.tally.held += steps - len(decided)
+        last = decided[-1] if len(decided) else robot.sent[-1] if robot.sent else robot.rest
+        return np.concatenate([decided, np.repeat(held(robot.hold, last)[None], steps - len(decided), axis=0)])
+
+    def saw(self, robot: Robot, frames: np.ndarray, states: np.ndarray, executed: np.ndarray) -> None:
+        """What came of a stretch: frames (n // stride, H, W, 3), states after each step (n, d), and what was sent (n, d)."""
+        robot.memory.ran(frames, states, executed)
+        robot.queue = robot.queue[len(executed) :]
+        robot.sent.extend(executed[-MAX_HISTORY:])
+        if robot.foreseen is not None and self.checker is not None:
+            self._check(robot, robot.foreseen)
+
+    # ------------------------------------------------------------------------------------------ asking for plans
+
+    def _due(self, robot: Robot) -> bool:
+        return robot.pending is None and (robot.startled or robot.now >= robot.next_plan or not len(robot.queue))
+
+    def _ask(self, robots: list[Robot]) -> None:
+        """Plan for robots that are due, together."""
+        start = time.perf_counter()
+        modes = [robot.adaptive.next() for robot in robots]
+        calls = [robot.memory.calls(robot.session)[0] for robot in robots]
+        for robot in robots:
+            robot.memory.head = robot.now
+        if self.loop.execution.time == "ahead":
+            calls = self._go_ahead(robots, calls)
+        thoughts = [self._think(robot, mode) for robot, mode in zip(robots, modes, strict=True)]
+        plans = run([robot.session for robot in robots], [[*own, thought] for own, thought in zip(calls, thoughts, strict=True)])
+        elapsed = (time.perf_counter() - start) * 1e3
+        foreseen = self._foresee(robots, plans) if self.checker is not None else [None] * len(robots)
+        for robot, mode, thought, plan, imagined in zip(robots, modes, thoughts, plans, foreseen, strict=True):
+            assert plan is not None and plan.actions is not None, f"mode {mode} plans no actions"
+            if thought.committed is not None:
+                plan.actions[:, : thought.committed.shape[1]] = thought.committed  # as they were decided: the network's copy is rounded, and clipped to its range
+            self._note(robot, mode, elapsed)
+            robot.pending = pending = self._pending(robot, mode, plan, imagined, elapsed)
+            self.watch(Made(robot, plan, elapsed, pending.ready if pending.origin is None else pending.origin))
+
+    def _think(self, robot: Robot, mode: str) -> Think:
+        """What the plan is asked for with: what is decided already, and what was promised after it."""
+        how, execution = self.loop.sampling, self.loop.execution
+        with_planner = self._with_planner if self.planner is not None else None
+        overlaps = execution.time in ("asynchronous", "guided")
+        count = min(self.expected_delay(robot), len(robot.queue), self._shortest(robot) - 1) if overlaps else 0
+        committed = robot.queue[None, :count] if count else None
+        if execution.time == "guided" and count:
+            promised = robot.queue[None, : self._shortest(robot)]
+            return Think(mode, how, committed, promised, plan_with=self._with_guidance)
+        return Think(mode, how, committed, plan_with=with_planner)
+
+    def _with_planner(self, session: Session, mode: str, sampling: SamplingConfig, committed: np.ndarray | None, promised: np.ndarray | None) -> Plan:
+        assert self.planner is not None
+        return self.planner.plan(session, mode, sampling, committed)
+
+    def _with_guidance(self, session: Session, mode: str, sampling: SamplingConfig, committed: np.ndarray | None, promised: np.ndarray | None) -> Plan:
+        assert promised is not None
+        return plan_guided(session, mode, sampling, committed, promised, self.loop.execution.guidance)
+
+    def _go_ahead(self, robots: list[Robot], calls: list[list[Call]]) -> list[list[Call]]:
+        """Bring sessions to the end of what is decided: its actions are committed, its frames imagined or left out.  The memory is told anew next time."""
+        ready = [robot for robot in robots if len(robot.queue) >= self._shortest(robot)]
+        imagined: dict[int, Tensor | None] = {}
+        forward = self.loop.execution.missing_frames == "forward"
+        if ready and forward:
+            how = replace(self.loop.sampling, steps=self.loop.execution.forward_steps)
+            asked = [[*own, Think("forward", how, actions=self._decided(robot), seeds=(self._seed(robot),))] for robot, own in zip(robots, calls, strict=True) if len(robot.queue) >= self._shortest(robot)]
+            plans = run([robot.session for robot in ready], asked)
+            imagined = {id(robot): plan.imagined for robot, plan in zip(ready, plans, strict=True) if plan is not None}
+        out: list[list[Call]] = []
+        for robot, own in zip(robots, calls, strict=True):
+            if robot not in ready:
+                out.append(own)
+                continue
+            robot.memory.head = None
+            begun = [] if forward else own
+            out.append([*begun, Commit(self._decided(robot)), Go(imagined.get(id(robot)))])
+        return out
+
+    def _decided(self, robot: Robot) -> np.ndarray:
+        return robot.queue[None, : self._shortest(robot)]
+
+    def _shortest(self, robot: Robot) -> int:
+        """Actions of the block that a robot's session stands before."""
+        return self.horizon - (self.span.lead if robot.session.block <= 0 else 0) or self.horizon
+
+    def _note(self, robot: Robot, mode: str, elapsed: float) -> None:
+        robot.tally.plans += 1
+        robot.tally.modes[mode] += 1
+        robot.tally.latency_ms.append(elapsed)
+        robot.tally.replans += robot.startled
+        robot.tally.flops += self._cost(mode)
+        robot.startled = False
+
+    def _cost(self, mode: str) -> float:
+        """FLOPs of one robot's plan in a mode, with what is imagined to choose and to check it."""
+        if mode not in self._flops:
+            own, planner = plan_flops(self.policy, mode, self.loop.sampling), self.loop.planner
+            if self.planner is not None:
+                follow = plan_flops(self.policy, "forward", replace(self.loop.sampling, steps=planner.forward_steps)) if self.planner.imagines else 0.0
+                own = search_flops(planner, self.planner.imagines, own, follow)
+            self._flops[mode] = own + check_flops(self.policy, self.loop.check)
+        return self._flops[mode]
+
+    def _pending(self, robot: Robot, mode: str, plan: Plan, imagined: Tensor | None, elapsed: float) -> Pending:
+        execution = self.loop.execution
+        steps = math.ceil(elapsed / 1e3 * self.gate.control_hz) if execution.realtime else execution.delay
+        delay = math.ceil((steps + robot.extra_delay(robot.now)) / self.stride) * self.stride
+        if not robot.sent and np.isnan(np.where(np.isnan(robot.hold), robot.rest, robot.hold)).any():
+            delay = 0  # nothing says how this robot stands still before its first command: its time begins with its first plan
+        self._took.append(delay)
+        if execution.time == "synchronous" and delay:
+            robot.queue = robot.queue[:0]  # it stands still while it thinks
+        dry = not len(robot.queue)
+        origin = None if dry or execution.time == "synchronous" else robot.now + len(robot.queue) if execution.time == "ahead" else robot.now
+        before = stream = None
+        if imagined is not None:
+            before, stream = self._newest(robot), robot.session.stream.select([0])
+        return Pending(plan, robot.now, robot.now + delay, origin, mode, imagined, before, stream)
+
+    def expected_delay(self, robot: Robot) -> int:
+        """Control steps that the next plan is expected to take: the largest of late."""
+        if self.loop.execution.realtime:
+            return max(self._took, default=0)
+        return math.ceil((self.loop.execution.delay + robot.extra_delay(robot.now)) / self.stride) * self.stride
+
+    # ------------------------------------------------------------------------------------------ taking plans up
+
+    def _take_up(self, robot: Robot) -> None:
+        """Put a plan that is ready into the queue, as far as the gate lets it through."""
+        pending = robot.pending
+        if pending is None or pending.ready > robot.now:
+            return
+        robot.pending = None
+        assert pending.plan.actions is not None
+        actions, ahead = pending.plan.actions[0], self.loop.execution.time == "ahead"
+        origin = robot.now if pending.origin is None else max(pending.origin, robot.now) if ahead else pending.origin
+        robot.tally.late += pending.origin is not None and not len(robot.queue) and robot.now > pending.start and robot.tally.plans > 1 and (not ahead or robot.now > pending.origin)
+        kept = robot.queue if ahead else robot.queue[:0]
+        fresh, promised = actions[max(0, robot.now - origin) :], None if ahead else robot.queue
+        before = [*robot.sent, *kept[-MAX_HISTORY:]][-MAX_HISTORY:]
+        passed = self._through_the_gate(robot, fresh, np.stack(before) if before else None, promised, (robot.now - pending.start) / self.gate.control_hz)
+        robot.next_plan = self._next(robot, pending, origin)
+        if passed is None:
+            return
+        robot.queue = np.concatenate([kept, passed])
+        if pending.imagined is not None and pending.before is not None:
+            robot.foreseen = Foreseen(pending.imagined, pending.before, pending.stream, origin, pending.mode)
+
+    def _through_the_gate(self, robot: Robot, actions: np.ndarray, before: np.ndarray | None, promised: np.ndarray | None, age: float) -> np.ndarray | None:
+        try:
+            passed = self.gate(actions, before, promised, age)
+        except GateRefusal as refusal:
+            if refusal.cut.reason == "not_finite" or self.gate.config.otherwise == "raise":
+                raise ValueError(f"at control step {robot.now}: {refusal}") from refusal
+            robot.tally.gate[refusal.cut.reason] += len(actions)
+            robot.tally.refused += 1
+            if refusal.stops:
+                robot.stopped = str(refusal)
+            return None
+        robot.tally.gate.update(passed.interventions)
+        return passed.actions
+
+    def _next(self, robot: Robot, pending: Pending, origin: int) -> int:
+        """When the plan after this one is to be asked for."""
+        execution = self.loop.execution
+        if execution.time == "ahead":
+            return origin
+        if execution.time == "synchronous":
+            return robot.now + self.loop.replan
+        period = max(self.stride, min(self.loop.replan, self.horizon - self.expected_delay(robot)) // self.stride * self.stride)
+        return max(robot.now, (robot.now if pending.origin is None else origin) + period)
+
+    # ------------------------------------------------------------------------------------------ predict and check
+
+    def _foresee(self, robots: list[Robot], plans: Sequence[Plan | None]) -> list[Tensor | None]:
+        """What is to be compared with what comes, (C, k, h, w) each: the plans' own imagination, or what `forward` makes of their actions."""
+        own = [None if plan is None or plan.imagined is None else plan.imagined[0] for plan in plans]
+        if self.loop.check.source == "plan":
+            return own
+        how = replace(self.loop.sampling, steps=self.loop.check.steps)
+        thoughts: list[list[Call]] = [[Think("forward", how, actions=plan.actions, seeds=(self._seed(robot),))] for robot, plan in zip(robots, plans, strict=True) if plan is not None]
+        return [None if plan is None or plan.imagined is None else plan.imagined[0] for plan in run([robot.session for robot in robots], thoughts)]
+
+    def _seed(self, robot: Robot) -> int:
+        """Of what is imagined aside at this step, so that it costs the robot's own generator nothing."""
+        entropy = (self.loop.noise_seed, int(robot.session.generators[0].initial_seed()), robot.now)
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+    def _newest(self, robot: Robot) -> Tensor:
+        """The newest frame as a latent by itself, (C, h, w)."""
+        frame = torch.from_numpy(np.ascontiguousarray(robot.memory.frames[-1][1]))
+        with torch.no_grad():
+            return self.policy.codec.encode(frame[None, None].to(self.policy.model.device))[0, :, 0]
+
+    def _looks_at(self, foreseen: Foreseen) -> int:
+        """The control step at which the next of the foreseen latents can be compared."""
+        return foreseen.origin + (len(foreseen.came) + 1) * self.policy.codec.temporal_stride * self.stride
+
+    def _check(self, robot: Robot, foreseen: Foreseen) -> None:
+        """Compare what has come with what was foreseen, as far as it has come."""
+        assert self.checker is not None
+        k, frames = foreseen.imagined.shape[1], self.policy.codec.temporal_stride
+        while len(foreseen.came) < k and self._looks_at(foreseen) <= robot.now:
+            first = foreseen.origin + len(foreseen.came) * frames * self.stride
+            seen = [robot.memory.frame(first + (i + 1) * self.stride) for i in range(frames)]
+            if any(frame is None for frame in seen):
+                robot.foreseen = None
+                return
+            with torch.no_grad():
+                pixels = torch.from_numpy(np.stack([frame for frame in seen if frame is not None]))[None]
+                foreseen.came.append(foreseen.stream.encode(pixels.to(self.policy.model.device))[0, :, 0])
+            surprise = self.checker.compare(foreseen.imagined, torch.stack(foreseen.came, dim=1), foreseen.before, *self._imagines_as(foreseen.mode))
+            self._heed(robot, surprise)
+        if len(foreseen.came) == k:
+            robot.foreseen = None
+
+    def _heed(self, robot: Robot, surprise: Surprise) -> None:
+        robot.tally.checks.append(surprise)
+        robot.tally.surprises += surprise.surprised
+        answer = robot.adaptive.saw(surprise)
+        if answer == "replan":
+            robot.startled = True
+        elif answer == "stop":
+            robot.stopped = f"surprised: {surprise.why}"
+
+
+def held(hold: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """What a robot without a decided action is sent, (d,): its own `hold`, its last command where that has no number.
+
+    Raises:
+        ValueError: the last command has no number there either.
+    """
+    out = np.where(np.isnan(hold), last, hold).astype(np.float32)
+    if np.isnan(out).any():
+        raise ValueError("this robot holds by repeating its last command, and none was sent yet; nothing was sent")
+    return out
+
+
+def check_times(policy: Policy, loop: Loop) -> None:
+    """Check that plans, delays and frames of a loop fit a policy's clock.
+
+    Raises:
+        ValueError: what does not fit, and what does.
+    """
+    t, execution = policy.config.timeline, loop.execution
+    if not 1 <= loop.replan <= t.actions_per_block or loop.replan % t.stride:
+        allowed = ", ".join(str(n) for n in range(t.stride, t.actions_per_block + 1, t.stride))
+        raise ValueError(f"rollout.replan is {loop.replan}, but frames come every {t.stride} control steps and a plan of this checkpoint holds {t.actions_per_block}; use one of {allowed}")
+    if execution.time == "ahead" and loop.replan != t.actions_per_block:
+        raise ValueError(f"execution.time is 'ahead', which plans whole blocks of {t.actions_per_block} control steps, but replan is {loop.replan}; leave rollout.replan out")
+    if execution.time in ("asynchronous", "guided", "naive") and execution.delay >= t.actions_per_block:
+        raise ValueError(f"execution.delay is {execution.delay}, and a plan holds {t.actions_per_block} control steps: it would be over before it comes; use less, or a checkpoint with longer blocks")
+    if loop.check.source == "forward" and policy.config.training.modes.get("forward", 0) == 0:
+        raise ValueError("check.source is 'forward', which this checkpoint was not trained for; use check.source=plan with a mode that imagines, or train with training.modes.forward")
