@@ -113,13 +113,16 @@ def _rollout(args: argparse.Namespace) -> None:
     config = section(RolloutConfig, "rollout", [*args.overrides, *flag_overrides(flags)])
     output = args.output or beside(args.checkpoint, f"rollout-{config.env.rsplit('/', 1)[-1]}")
 
-    from wam.evaluation.results import summary
-    from wam.evaluation.rollout import dry_run, rollout
-    from wam.evaluation.suite import SUITES, rollout_suite, table
-
     if args.dry_run:
+        from wam.evaluation.rollout import dry_run
+
         print(dry_run(args.checkpoint, config))
         return
+
+    from wam.evaluation.results import summary
+    from wam.evaluation.rollout import rollout
+    from wam.evaluation.suite import SUITES, rollout_suite, table
+
     if config.env in SUITES:
         print(table(rollout_suite(args.checkpoint, config, output)))
     else:
