@@ -57,7 +57,7 @@ def test_what_is_decided_is_held_in_the_next_plan_and_no_robot_waits(policy: Pol
     for row in range(2):
         sent = log.actions(row)
         assert [at for at, _ in log.plans[row]] == [4, 8, 12, 16, 20, 24, 28, 32, 36], "the first is executed when it comes; each later one begins when it is asked for"
-        assert episodes[row].held == 4, "the robot stood still before its first plan, and never again"
+        assert episodes[row].held == 4 and episodes[row].late == 0, "the robot stood still before its first plan, and never again"
         for (at, plan), asked in list(zip(log.plans[row], log.asked[row], strict=True))[1:]:
             assert at == asked
             np.testing.assert_array_equal(plan[:4].clip(-1, 1), sent[at : at + 4])  # held as decided

@@ -95,12 +95,13 @@ class Pending:
 
     Attributes:
         origin: control step of its first action; None: when it is taken up.
-        dry: whether the robot had nothing decided when it was asked for.
+        held: control steps that the robot had been without a decided action when it was asked for.
     """
 
     plan: Plan
     start: int
     ready: int
+    held: int
     origin: int | None
     mode: str
     imagined: Tensor | None
@@ -382,7 +383,7 @@ class Executor:
         before = stream = None
         if imagined is not None:
             before, stream = self._newest(robot), robot.session.stream.select([0])
-        return Pending(plan, robot.now, robot.now + delay, origin, mode, imagined, before, stream)
+        return Pending(plan, robot.now, robot.now + delay, robot.tally.held, origin, mode, imagined, before, stream)
 
     def expected_delay(self, robot: Robot) -> int:
         """Control steps that the next plan is expected to take: the largest of late."""
@@ -401,7 +402,7 @@ class Executor:
         assert pending.plan.actions is not None
         actions, ahead = pending.plan.actions[0], self.loop.execution.time == "ahead"
         origin = robot.now if pending.origin is None else max(pending.origin, robot.now) if ahead else pending.origin
-        robot.tally.late += pending.origin is not None and not len(robot.queue) and robot.now > pending.start and robot.tally.plans > 1 and (not ahead or robot.now > pending.origin)
+        robot.tally.late += pending.origin is not None and robot.tally.held > pending.held
         kept = robot.queue if ahead else robot.queue[:0]
         fresh, promised = actions[max(0, robot.now - origin) :], None if ahead else robot.queue
         before = [*robot.sent, *kept[-MAX_HISTORY:]][-MAX_HISTORY:]
