@@ -22,7 +22,7 @@ from wam.evaluation import baselines
 from wam.evaluation import rollout as rollout_module
 from wam.evaluation.compare import claims as claims_module
 from wam.evaluation.compare.analysis import front
-from wam.evaluation.compare.claims import answer, claims, limits, must_differ, slower
+from wam.evaluation.compare.claims import answer, claims, limits, must_differ, slower, speeds
 from wam.evaluation.compare.page import write_report
 from wam.evaluation.compare.plan import Plan, describe, make_plan
 from wam.evaluation.compare.run import Diary, run
@@ -179,6 +179,11 @@ def test_slower_is_told_with_an_interval() -> None:
     assert ratio == 2.1 and 1 < low <= ratio <= high
     ratio, low, high = slower([10.0, 14, 9, 12, 11], [11.0, 9, 14, 10, 12])
     assert low < 1 < high
+    twice, once = [20.0 + i % 3 for i in range(12)], [10.0 + i % 2 for i in range(12)]
+    (told,) = speeds({"all/skip": once, "all/imagine": twice}, "all/skip")
+    assert told["shows"] and "12 plans each" in told["says"]
+    (told,) = speeds({"all/skip": once[:5], "all/imagine": twice[:5]}, "all/skip")
+    assert not told["shows"] and "does not show a difference" in told["says"], "five rounds are too few for any claim"
     with pytest.raises(ValueError, match=r"2 and 1 plans"):
         slower([1, 2], [1])
 

@@ -24,7 +24,7 @@ from wam.evaluation.compare.plan import Plan, Row, Variant, describe
 from wam.evaluation.compare.run import BASELINES, LATENCY, checkpoint_of, drive_folder, driven_as
 from wam.evaluation.demo import machine, versions
 from wam.evaluation.recovery import recovery
-from wam.evaluation.rollout import RESULTS as ROLLOUT
+from wam.evaluation.results import RESULTS as ROLLOUT
 from wam.evaluation.statistics import wilson
 from wam.figures import read_log
 from wam.pretrained import META, STEM

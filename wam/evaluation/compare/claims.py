@@ -147,17 +147,24 @@ def slower(a: Sequence[float], b: Sequence[float], draws: int = 4000) -> tuple[f
 
 
 def speeds(milliseconds: Mapping[str, Sequence[float]], reference: str) -> list[dict[str, Any]]:
-    """Each row's plans against the reference's, in words."""
+    """Each row's plans against the reference's, in words: a sign test over the rounds (which plan took longer?), corrected for the number of rows."""
+    rows = [row for row in milliseconds if row != reference] if reference in milliseconds else []
+    signs = [_signs(milliseconds[row], milliseconds[reference]) for row in rows]
     out = []
-    for row, own in milliseconds.items():
-        if row == reference or reference not in milliseconds:
-            continue
-        ratio, low, high = slower(own, milliseconds[reference])
-        shows = low > 1 or high < 1
-        verdict = "" if shows else " This does not show a difference."
-        says = f"A plan of {row} takes {ratio:.2f} times as long as one of {reference} (95% interval {low:.2f} to {high:.2f}; medians of {len(own)} plans each, timed in turns).{verdict}"
-        out.append({"row": row, "ratio": ratio, "low": low, "high": high, "shows": shows, "says": says})
+    for row, p in zip(rows, holm(signs), strict=True):
+        ratio, low, high = slower(milliseconds[row], milliseconds[reference])
+        shows = p < ALPHA and (low > 1 or high < 1)
+        says = (
+            f"A plan of {row} takes {ratio:.2f} times as long as one of {reference} (95% interval {low:.2f} to {high:.2f}; medians of {len(milliseconds[row])} plans each, timed in turns; "
+            f"sign test over the turns, corrected, p = {p:.2g}).{'' if shows else ' This does not show a difference.'}"
+        )
+        out.append({"row": row, "ratio": ratio, "low": low, "high": high, "p": p, "shows": shows, "says": says})
     return out
+
+
+def _signs(a: Sequence[float], b: Sequence[float]) -> float:
+    """Exact two-sided p-value that A takes longer as often as B; only rounds in which they differ count, as episodes do."""
+    return mcnemar([x > y for x, y in zip(a, b, strict=True)], [x < y for x, y in zip(a, b, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------ as a whole

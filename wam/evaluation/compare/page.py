@@ -133,28 +133,28 @@ def _variants(data: Tree, output: Path) -> Child:
         "steps": f"Each variant has {budget['steps']} updates.",
         "minutes": f"Each variant has {budget['minutes']:g} minutes by the clock.",
     }[budget["equal"]]
-    head = ("variant", "updates", "windows seen", "operations needed", "computed", "minutes of training", "parameters", "what it changes")
+    head = ("variant", "updates", "operations", "computed", "minutes", "what it changes")
     rows: list[Sequence[Child]] = [
         (
             name,
             number(v["steps"]),
-            number(v["windows"]),
             flops(v["flops"]),
             flops(v["flops_computed"]),
             number(v["training_minutes"], 1),
-            f"{v['parameters'] / 1e6:.2f} M",
             tag("div", _changes(v), class_="changes"),
         )
         for name, v in data["variants"].items()
     ]
     t = data["config"]["training"]
+    sizes = sorted({v["parameters"] for v in data["variants"].values()})
     same = (
-        f"The same for all: demonstrations and the order in which windows are drawn (seed {t['seed']}), batches of {t['batch_size']}, learning rate and schedule, network, codec, text encoder, "
+        f"The same for all: demonstrations and the order in which windows are drawn (seed {t['seed']}), batches of {t['batch_size']} windows, learning rate and schedule, network "
+        f"({' or '.join(f'{size / 1e6:.2f} M' for size in sizes)} parameters with codec and text encoder), "
         "memory of what was seen and done, solver steps when acting, episodes and their disturbances (same seeds)."
     )
     errors = [(name, [f"{mode} {number(error, 3)}  " for mode, error in v["error"].items()]) for name, v in data["variants"].items() if v["error"]]
     more = tag("details", tag("summary", "Errors of sampled actions on held-out windows, and learning curves"), tag("dl", [(tag("dt", n), tag("dd", e)) for n, e in errors]), _curves(data, output)) if errors else None
-    return (tag("p", how), table("What each variant is, worked out from the configs that were trained.", head, [rows]), tag("p", same), more)
+    return (tag("p", how), table("Operations are those that a variant needs, computed those of everything that went through the network; minutes are of the training steps alone; what a variant changes is worked out from the configs that were trained.", head, [rows]), tag("p", same), more)
 
 
 def _changes(variant: Tree) -> Child:
@@ -179,15 +179,15 @@ def _curves(data: Tree, output: Path) -> Child:
 
 def _results(data: Tree, output: Path) -> Child:
     conditions = data["conditions"]
-    head = ("row", *(TITLES[c] for c in conditions), "recovered", "ms a plan, p50 / p95", "control steps/s", "operations/s", "imagination, dB")
+    head = ("row", *(TITLES[c] for c in conditions), "recovered", "ms, p50 / p95", "steps/s", "operations/s", "imagined, dB")
     rows: list[Sequence[Child]] = [_result(data, name, row) for name, row in data["rows"].items()]
     floor: list[Sequence[Child]] = [
         (BASELINES.get(name, name), rate_bar(entry), *([NOTHING] if len(conditions) > 1 else []), *([NOTHING] * 5)) for name, entry in data["baselines"].items()
     ]
     caption = (
         "Rows are variant/mode. Success: episodes of those driven, with the 95% Wilson interval (band; the axis is 0 to 100%). Recovered: of the episodes in which the disturbance really happened, those that succeed after it. "
-        "Milliseconds from an observation to a plan, for one robot, rows timed in turns. Control steps a second: what a robot reaches that stands still while it plans. Operations a second: of plans and checks, in simulated time. "
-        "Imagination: how much closer (PSNR, moving pixels) the imagined video is to what followed than the frame it started from. Below the line, policies that need no model."
+        "Ms: milliseconds from an observation to a plan, for one robot, rows timed in turns. Steps/s: control steps a second that a robot reaches which stands still while it plans. Operations/s: of plans and checks, in simulated time. "
+        "Imagined: how much closer (PSNR, moving pixels) the imagined video is to what followed than the frame it started from. Below the line, policies that need no model."
     )
     apart = [name for name, row in data["rows"].items() if not row["timed_apart"]]
     note = tag("p", f"{', '.join(apart)}: timed in the closed loop, not in turns with the others.", class_="note") if apart else None
@@ -228,7 +228,7 @@ def _supported(data: Tree, output: Path) -> Child:
     fast = [s for s in data["speeds"] if s["shows"]]
     among = sum(c["family"] == "reference" for c in data["claims"])
     intro = (
-        "Rows are compared on the same seeds, which is fairer than comparing rates: only episodes that one row solves and the other does not count (McNemar's exact test). "
+        "Rows are compared on the same seeds, which is fairer than comparing rates: what counts are the episodes that one row solves and the other does not (McNemar's exact test). "
         f"Every row is tested against {data['reference']} ({among} comparisons), and a few pairs ask the question directly; both lists were fixed before anything was driven, "
         "and p-values are corrected for the length of their list (Holm). A difference counts below 0.05."
     )

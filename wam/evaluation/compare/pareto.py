@@ -57,7 +57,7 @@ def _panel(axes: Axes, rows: Mapping[str, Mapping[str, Any]], front: Sequence[st
         size = 9 if name in front else 7
         axes.plot([x], [y], marker=marker, markersize=size, color=color, markerfacecolor=color if filled else PAPER, markeredgewidth=1.6, linestyle="none", label=name, zorder=4 if name in front else 3)
     axes.set_ylim(-4, 106)
-    axes.set_xlabel("milliseconds from an observation to a plan (median; line to the 95th percentile)", fontsize=8)
+    axes.set_xlabel("milliseconds a plan")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

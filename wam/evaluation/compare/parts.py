@@ -21,12 +21,16 @@ LANES: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # mode: what training
     "forward": (("seen", "actions", "video"), ()),
 }
 STYLE = """
-.lane { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem; margin: .3rem 0; font-size: .85rem; }
-.lane > small { width: 4.6rem; color: var(--faint); }
-.lane b { font-weight: 600; padding: .1rem .55rem; border-radius: .8rem; border: 1.5px solid var(--line); }
+.lane { display: flex; align-items: center; gap: .3rem; margin: .3rem 0; font-size: .8rem; }
+.lane > small { width: 3.6rem; color: var(--faint); }
+.lane b { font-weight: 600; padding: .05rem .5rem; border-radius: .8rem; border: 1.5px solid var(--line); }
 .lane b.video { background: #0072b2; border-color: #0072b2; color: #fff; }
 .lane b.actions { background: #d55e00; border-color: #d55e00; color: #fff; }
 .lane i { color: var(--faint); font-style: normal; }
+#results table, #disturbances table { font-size: .92rem; }
+#results .bar { width: 6.2rem; }
+#results .range { min-width: 3rem; margin-right: .4rem; }
+#results td, #results th { padding-left: .35rem; padding-right: .35rem; }
 .said { margin: .6rem 0; padding: .1rem 0 .1rem 1.1rem; max-width: 50rem; }
 .said li { margin: .45rem 0; }
 .said small { color: var(--faint); }
@@ -86,7 +90,7 @@ def _lane(name: str, steps: Sequence[str]) -> Html:
     chips: list[Child] = [tag("small", name)]
     for i, step in enumerate(steps):
         if step == "+":
-            chips.append(tag("i", "with"))
+            chips.append(tag("i", "+"))
             continue
         if i and steps[i - 1] != "+":
             chips.append(tag("i", "\u2192"))

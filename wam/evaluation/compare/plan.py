@@ -31,7 +31,7 @@ from wam.training.objective import needed
 from wam.training.rates import device_rate
 
 Condition = Literal["calm", "disturbed"]
-PhaseKind = Literal["collect", "train", "drive", "baselines", "latency", "imagine", "report"]
+PhaseKind = Literal["collect", "train", "calibrate", "drive", "baselines", "latency", "imagine", "report"]
 
 # For estimates alone: measured on two cores of an AMD EPYC with configs/metaworld_tiny.yaml.
 UTILISATION = 0.4  # of the machine's matmul rate, in training
@@ -98,12 +98,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the work that is kept when it is done."""
+    """A part of the work that is kept when it is done.
+
+    Attributes:
+        what: for people.
+        seconds: estimated.
+        of: the variant that is trained or driven, or the row that is driven by itself.
+        condition: that is driven in.
+    """
 
     name: str
     kind: PhaseKind
     what: str
-    seconds: float  # estimated
+    seconds: float
+    of: str = ""
+    condition: Condition = "calm"
 
 
 @dataclass(frozen=True)
@@ -237,17 +246,19 @@ def training_cost(config: Config) -> StepCost:
 
 
 def _phases(plan: Plan, rate: float) -> list[Phase]:
-    r, c = plan.config.rollout, plan.config.collect
-    demonstrations = len(c.tasks) * c.episodes_per_task
-    collected = Phase("collect", "collect", f"{demonstrations} demonstrations of {', '.join(c.tasks)}", demonstrations * SECONDS_PER_DEMONSTRATION)
+    r, demonstrated, c = plan.config.rollout, plan.config.collect, plan.settings.calibrate
+    demonstrations = len(demonstrated.tasks) * demonstrated.episodes_per_task
+    collected = Phase("collect", "collect", f"{demonstrations} demonstrations of {', '.join(demonstrated.tasks)}", demonstrations * SECONDS_PER_DEMONSTRATION)
     phases = [collected] if plan.settings.collect else []
     phases += [_training(v, plan.settings.budget.minutes, rate) for v in plan.variants if v.taken is None]
+    checked = [v for v in plan.variants if any(row.variant == v.name and row.rollout.check.source != "none" for row in plan.rows)]
+    phases += [Phase(f"calibrate {v.name}", "calibrate", f"{c.clips} held-out clips: what a surprise is", SECONDS_TO_BEGIN + c.clips * c.blocks * SECONDS_PER_CLIP_BLOCK, v.name) for v in checked]
     for condition in plan.conditions:
         each = r.episodes * STEPS_PER_EPISODE[condition] * min(1.0, r.max_steps / 500) * SECONDS_PER_CONTROL_STEP
         for v in plan.variants:
             what = f"{len(v.modes)} x {r.episodes} episodes: {', '.join(v.modes)}"
-            phases.append(Phase(f"drive {v.name} {condition}", "drive", what, SECONDS_TO_BEGIN + len(v.modes) * each))
-        phases += [Phase(f"drive {row.name} {condition}", "drive", f"{r.episodes} episodes", SECONDS_TO_BEGIN + each) for row in plan.rows if row.extra]
+            phases.append(Phase(f"drive {v.name} {condition}", "drive", what, SECONDS_TO_BEGIN + len(v.modes) * each, v.name, condition))
+        phases += [Phase(f"drive {row.name} {condition}", "drive", f"{r.episodes} episodes", SECONDS_TO_BEGIN + each, row.name, condition) for row in plan.rows if row.extra]
     phases.append(Phase("baselines", "baselines", f"3 x {r.episodes} episodes without a model", 3 * r.episodes * 0.4))
     timed = len(plan.rows) * plan.settings.latency_plans
     phases.append(Phase("latency", "latency", f"{timed} plans, one robot at a time, rows in turns", SECONDS_TO_BEGIN + timed * SECONDS_PER_LATENCY_PLAN))
@@ -259,10 +270,10 @@ def _phases(plan: Plan, rate: float) -> list[Phase]:
 
 def _training(variant: Variant, minutes: float, rate: float) -> Phase:
     if variant.steps is None:
-        return Phase(f"train {variant.name}", "train", f"{minutes:g} minutes", SECONDS_TO_BEGIN + 60 * minutes)
+        return Phase(f"train {variant.name}", "train", f"{minutes:g} minutes", SECONDS_TO_BEGIN + 60 * minutes, variant.name)
     seconds = SECONDS_TO_BEGIN + variant.steps * variant.cost.computed / (UTILISATION * rate)
     what = f"{variant.steps} updates x {variant.cost.needed / 1e9:.3g} GFLOP = {(variant.flops or 0) / 1e12:.3g} TFLOP"
-    return Phase(f"train {variant.name}", "train", what, seconds)
+    return Phase(f"train {variant.name}", "train", what, seconds, variant.name)
 
 
 def imagining(rows: Sequence[Row]) -> list[Row]:

@@ -18,11 +18,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wam.config import to_dict
+from wam.config_check import CalibrateConfig
 from wam.evaluation.compare.plan import Condition, Phase, Plan, Row, Variant, duration
 from wam.files import write_json_atomic
 from wam.pretrained import weights_sha256
@@ -67,7 +68,11 @@ def _do(plan: Plan, output: Path, phase: Phase) -> None:
     elif phase.kind == "train":
         from wam.training.loop import train
 
-        train(_variant(plan, phase).config, output / "train" / _variant(plan, phase).name)
+        train(plan.variant(phase.of).config, output / "train" / phase.of)
+    elif phase.kind == "calibrate":
+        from wam.evaluation.calibrate import calibrate
+
+        calibrate(checkpoint_of(plan.variant(phase.of), output), calibration(plan, phase.of))
     elif phase.kind == "drive":
         _drive(plan, output, phase)
     elif phase.kind == "baselines":
@@ -83,14 +88,17 @@ def _do(plan: Plan, output: Path, phase: Phase) -> None:
 
 
 def _drive(plan: Plan, output: Path, phase: Phase) -> None:
-    from dataclasses import replace
-
     from wam.evaluation.rollout import rollout
 
-    name, condition = _driven(phase)
-    rows = rows_of(plan, name)
-    config = plan.rollout(rows[0], condition)
-    rollout(checkpoint_of(plan.variant(rows[0].variant), output), replace(config, modes=tuple(row.mode for row in rows)), drive_folder(output, name, condition))
+    rows = rows_of(plan, phase.of)
+    config = replace(plan.rollout(rows[0], phase.condition), modes=tuple(row.mode for row in rows))
+    rollout(checkpoint_of(plan.variant(rows[0].variant), output), config, drive_folder(output, phase.of, phase.condition))
+
+
+def calibration(plan: Plan, variant: str) -> CalibrateConfig:
+    """What is measured so that every check of a variant knows its errors: also those of the solver steps that its rows ask `forward` for."""
+    steps = {row.rollout.check.steps for row in plan.rows if row.variant == variant and row.rollout.check.source == "forward"}
+    return replace(plan.settings.calibrate, steps=plan.config.rollout.steps, forward_steps=tuple(sorted({*plan.settings.calibrate.forward_steps, *steps})))
 
 
 # ------------------------------------------------------------------------------------------------ where things are
@@ -116,15 +124,6 @@ def rows_of(plan: Plan, name: str) -> list[Row]:
     return [row for row in plan.rows if driven_as(row) == name]
 
 
-def _variant(plan: Plan, phase: Phase) -> Variant:
-    return plan.variant(phase.name.removeprefix("train "))
-
-
-def _driven(phase: Phase) -> tuple[str, Condition]:
-    _, name, condition = phase.name.split(" ")
-    return name, "calm" if condition == "calm" else "disturbed"
-
-
 # ------------------------------------------------------------------------------------------------ what is done already
 
 
@@ -133,14 +132,15 @@ def _key(plan: Plan, output: Path, phase: Phase) -> dict[str, Any]:
     if phase.kind == "collect":
         return to_dict(plan.config.collect)
     if phase.kind == "train":
-        return _without(to_dict(_variant(plan, phase).config), "collect", "rollout", "imagine", "output")
+        return _without(to_dict(plan.variant(phase.of).config), "collect", "rollout", "imagine", "output")
     if phase.kind == "baselines":
         return {name: getattr(plan.config.rollout, name) for name in ("env", "episodes", "seed", "max_steps")}
     weights = {v.name: weights_sha256(path) for v in plan.variants if (path := checkpoint_of(v, output)).is_dir()}
+    if phase.kind == "calibrate":
+        return {"weights": weights[phase.of], "calibrate": to_dict(calibration(plan, phase.of))}
     if phase.kind == "drive":
-        name, condition = _driven(phase)
-        row = rows_of(plan, name)[0]
-        return {"weights": weights[row.variant], "rollout": _without(to_dict(plan.rollout(row, condition)), "modes", "workers")}
+        row = rows_of(plan, phase.of)[0]
+        return {"weights": weights[row.variant], "rollout": _without(to_dict(plan.rollout(row, phase.condition)), "modes", "workers")}
     rows = [row.name for row in plan.rows if not row.extra]
     return {"weights": weights, "rows": rows} | (
         {"plans": plan.settings.latency_plans, "steps": plan.config.rollout.steps} if phase.kind == "latency" else to_dict(plan.config.imagine)

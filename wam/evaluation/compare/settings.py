@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wam.config import Config, ConfigError, DisturbanceConfig, from_dict, load_config
+from wam.config_check import CalibrateConfig
 from wam.config_tree import read_yaml
 from wam.config_tree import require as _require
 
@@ -70,6 +71,7 @@ class CompareConfig:
     reference: str = "all/skip"  # the row that every other is tested against
     disturbances: DisturbanceConfig = DisturbanceConfig()  # of the second half of the episodes; without kinds there is no second half
     extras: dict[str, ExtraConfig] = field(default_factory=dict)  # more rows, by name
+    calibrate: CalibrateConfig = CalibrateConfig()  # errors of imagination that a check measures surprise in; of variants whose extras check
     latency_plans: int = 20  # plans of each row that are timed
     collect: bool = True  # demonstrations are collected into the output; else data.root is a dataset that is there
 
@@ -106,6 +108,8 @@ QUICK = (  # `--quick`: everything once, in small; the numbers mean nothing
     "compare.budget.steps=40",
     "compare.budget.minutes=0.5",
     "compare.latency_plans=5",
+    "compare.calibrate.clips=6",
+    "compare.calibrate.blocks=4",
     "collect.episodes_per_task=20",
     "training.validate_every=20",
     "training.save_every=20",
