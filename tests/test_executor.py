@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from fake_robot import FakeRobot, FakeVector, fake_policy
 
-from wam.config import ExecutionConfig, SamplingConfig
+from wam.config import CheckConfig, ExecutionConfig, PlannerConfig, SamplingConfig
 from wam.evaluation.episodes import Driver, Episode, Watcher
+from wam.inference.check import LEVELS, Floors, Horizon, Source, SurpriseScale
 from wam.inference.executor import Loop, check_times, held
 from wam.inference.gate import GateConfig, GroupLimits
 from wam.inference.session import Plan, Session
@@ -153,3 +154,52 @@ def test_holding_repeats_a_command_and_makes_none_up() -> None:
     assert held(hold, np.array([5, 7], np.float32)).tolist() == [0, 7]
     with pytest.raises(ValueError, match="none was sent yet; nothing was sent"):
         held(hold, none)
+
+
+# ------------------------------------------------------------------------------------------------ predict and check
+
+
+LONG = ("timeline.latents_per_block=2", "timeline.actions_per_block=16")  # frames can be compared in the middle of a block
+
+
+def scale_of(error: float, *sources: str) -> SurpriseScale:
+    """A scale by which `error` is usual."""
+    usual = (error,) * len(LEVELS)
+    horizons = tuple(Horizon(1, 0, usual, usual) for _ in range(2))
+    return SurpriseScale("0" * 64, dict.fromkeys(sources, Source(Floors(0.0, 0.0), horizons, usual, usual)), {})
+
+
+@pytest.mark.parametrize(("source", "name"), [("forward", "forward/1"), ("plan", "joint/2")])
+def test_a_surprise_asks_for_a_plan_at_once(source: Any, name: str) -> None:
+    policy, mode = fake_policy(*LONG), "joint" if source == "plan" else "skip"
+
+    def asked(error: float, **check: Any) -> tuple[list[int], Episode]:
+        episodes, log = drive(policy, [20001], 16, mode, scale=scale_of(error, name), check=CheckConfig(source=source, **check))
+        return log.asked[0], episodes[0]
+
+    assert asked(1e6)[0] == [0, 16, 32], "nothing is unusual"
+    steps, episode = asked(1e-6)
+    assert steps == [0, 8, 16, 24, 32] and episode.surprises == 4 and episode.replans == 4, "after the first of two latent frames"
+    assert asked(1e-6, then="nothing")[0] == [0, 16, 32]
+    _, stopped = asked(1e-6, then="stop")
+    assert (stopped.outcome, stopped.length) == ("stopped", 8) and "surprised: latent frame 1" in (stopped.why or "")
+
+
+def test_imagination_is_dear_only_when_it_is_needed() -> None:
+    policy = fake_policy(*LONG)
+    check = CheckConfig(source="forward", escalate="imagine", escalated_plans=1)
+    calm, _ = drive(policy, [20001], 16, scale=scale_of(1e6, "forward/1"), check=check)
+    alarmed, _ = drive(policy, [20001], 16, scale=scale_of(1e-6, "forward/1"), check=check)
+    assert calm[0].modes == {"skip": 3} and alarmed[0].modes == {"skip": 1, "imagine": 4}
+    assert 3 * calm[0].flops < alarmed[0].flops
+    searching, _ = drive(policy, [20001], 16, scale=scale_of(1e-6, "forward/1"), check=check, planner=PlannerConfig(kind="best_of_n", candidates=2, when="surprised"))
+    assert searching[0].modes == {"skip": 1, "best_of_n of imagine": 4}
+
+
+def test_a_check_without_a_calibration_is_refused(policy: Policy) -> None:
+    with pytest.raises(ValueError, match="run `wam calibrate --checkpoint DIR`"):
+        drive(policy, check=CheckConfig(source="forward"))
+    with pytest.raises(ValueError, match=r"not calibrated for 'forward/1'"):
+        drive(policy, check=CheckConfig(source="forward"), scale=scale_of(1.0, "joint/2"))
+    with pytest.raises(ValueError, match="plans in mode 'skip' imagine no video"):
+        drive(policy, check=CheckConfig(source="plan"), scale=scale_of(1.0, "joint/2"))

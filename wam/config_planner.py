@@ -23,6 +23,7 @@ class PlannerConfig:
     elites: int = 4  # `cem`: candidates kept of a round
     prior: Literal["policy", "gaussian"] = "policy"  # `cem`: where the first round comes from: the policy's own samples, or a Gaussian around 0 as V-JEPA 2-AC has it
     sigma: float = 0.5  # `cem` with prior=gaussian: its standard deviation, in normalised units
+    when: Literal["always", "surprised"] = "always"  # surprised: only for the plans after a surprise (rollout.check), which are then worth more thought
     goal: Literal["language", "image", "both"] = "language"  # what an evaluated robot is given: its instruction, a picture of the solved task and no instruction, or both
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from wam.config import CheckConfig, ExecutionConfig, PlannerConfig, SamplingConfig
-from wam.inference.adapt import Adaptive
+from wam.inference.adapt import Adaptive, asks_for_motion, why_stalled
 from wam.inference.batch import Call, Commit, Go, Think, run
 from wam.inference.check import Checker, Surprise, SurpriseScale
 from wam.inference.compute import check_flops, plan_flops
@@ -60,6 +60,19 @@ class Loop:
     check: CheckConfig = CheckConfig()
     planner: PlannerConfig = PlannerConfig()
     noise_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one plan is made.
+
+    Attributes:
+        searches: whether the planner makes it.
+    """
+
+    mode: str
+    sampling: SamplingConfig
+    searches: bool
 
 
 @dataclass
@@ -103,7 +116,7 @@ class Pending:
     ready: int
     held: int
     origin: int | None
-    mode: str
+    way: Way
     imagined: Tensor | None
     before: Tensor | None
     stream: Any
@@ -117,7 +130,7 @@ class Foreseen:
     before: Tensor  # (C, h, w)
     stream: Any  # encodes what comes, from the plan's observation on
     origin: int
-    mode: str
+    way: Way
     came: list[Tensor] = field(default_factory=list)  # (C, h, w) each
 
 
@@ -186,7 +199,7 @@ class Executor:
         self.planner = Planner(policy, loop.planner) if loop.planner.kind != "none" else None
         self.checker = self._new_checker(scale)
         self._texts: dict[str, Conditions] = {}
-        self._flops: dict[str, float] = {}
+        self._flops: dict[Way, float] = {}
         self._took: deque[int] = deque(maxlen=LATENCIES)
 
     def _new_checker(self, scale: SurpriseScale | None) -> Checker | None:
@@ -195,14 +208,15 @@ class Executor:
         if scale is None:
             raise ValueError("check.source asks for surprise, which is measured in errors of validation, and none are given; run `wam calibrate --checkpoint DIR`")
         checker = Checker(self.policy, self.loop.check, scale)
-        checker.require(*self._imagines_as(self.loop.mode))
+        for mode, steps in {(self.loop.mode, self.loop.sampling.steps), (self.loop.check.escalate or self.loop.mode, self.loop.check.escalated_steps or self.loop.sampling.steps)}:
+            checker.require(*self._imagines_as(Way(mode, self.loop.sampling.with_steps(steps), self.planner is not None)))
         return checker
 
-    def _imagines_as(self, mode: str) -> tuple[str, int]:
+    def _imagines_as(self, way: Way) -> tuple[str, int]:
         """The mode and solver steps that imagined a plan's own video."""
-        if self.planner is not None and self.planner.imagines:
+        if way.searches and self.planner is not None and self.planner.imagines:
             return "forward", self.loop.planner.forward_steps
-        return mode, self.loop.sampling.steps
+        return way.mode, way.sampling.steps
 
     # ------------------------------------------------------------------------------------------ the three functions
 
@@ -286,28 +300,34 @@ class Executor:
     def _ask(self, robots: list[Robot]) -> None:
         """Plan for robots that are due, together."""
         start = time.perf_counter()
-        modes = [robot.adaptive.next() for robot in robots]
+        ways = [self._way(robot) for robot in robots]
         calls = [robot.memory.calls(robot.session)[0] for robot in robots]
         for robot in robots:
             robot.memory.head = robot.now
         if self.loop.execution.time == "ahead":
             calls = self._go_ahead(robots, calls)
-        thoughts = [self._think(robot, mode) for robot, mode in zip(robots, modes, strict=True)]
+        thoughts = [self._think(robot, way) for robot, way in zip(robots, ways, strict=True)]
         plans = run([robot.session for robot in robots], [[*own, thought] for own, thought in zip(calls, thoughts, strict=True)])
         elapsed = (time.perf_counter() - start) * 1e3
         foreseen = self._foresee(robots, plans) if self.checker is not None else [None] * len(robots)
-        for robot, mode, thought, plan, imagined in zip(robots, modes, thoughts, plans, foreseen, strict=True):
-            assert plan is not None and plan.actions is not None, f"mode {mode} plans no actions"
+        for robot, way, thought, plan, imagined in zip(robots, ways, thoughts, plans, foreseen, strict=True):
+            assert plan is not None and plan.actions is not None, f"mode {way.mode} plans no actions"
             if thought.committed is not None:
                 plan.actions[:, : thought.committed.shape[1]] = thought.committed  # as they were decided: the network's copy is rounded, and clipped to its range
-            self._note(robot, mode, elapsed)
-            robot.pending = pending = self._pending(robot, mode, plan, imagined, elapsed)
+            self._note(robot, way, elapsed)
+            robot.pending = pending = self._pending(robot, way, plan, imagined, elapsed)
             self.watch(Made(robot, plan, elapsed, pending.ready if pending.origin is None else pending.origin))
 
-    def _think(self, robot: Robot, mode: str) -> Think:
+    def _way(self, robot: Robot) -> Way:
+        """How a robot's next plan is made, which counts as made from here on."""
+        surprised, sampling = robot.adaptive.escalated, robot.adaptive.sampling(self.loop.sampling)
+        searches = self.planner is not None and (surprised or self.loop.planner.when == "always")
+        return Way(robot.adaptive.next(), sampling, searches)
+
+    def _think(self, robot: Robot, way: Way) -> Think:
         """What the plan is asked for with: what is decided already, and what was promised after it."""
-        how, execution = self.loop.sampling, self.loop.execution
-        with_planner = self._with_planner if self.planner is not None else None
+        mode, how, execution = way.mode, way.sampling, self.loop.execution
+        with_planner = self._with_planner if way.searches else None
         overlaps = execution.time in ("asynchronous", "guided")
         count = min(self.expected_delay(robot), len(robot.queue), self._shortest(robot) - 1) if overlaps else 0
         committed = robot.queue[None, :count] if count else None
@@ -351,25 +371,27 @@ class Executor:
         """Actions of the block that a robot's session stands before."""
         return self.horizon - (self.span.lead if robot.session.block <= 0 else 0) or self.horizon
 
-    def _note(self, robot: Robot, mode: str, elapsed: float) -> None:
+    def _note(self, robot: Robot, way: Way, elapsed: float) -> None:
         robot.tally.plans += 1
-        robot.tally.modes[mode] += 1
+        robot.tally.modes[f"{self.loop.planner.kind} of {way.mode}" if way.searches else way.mode] += 1
         robot.tally.latency_ms.append(elapsed)
         robot.tally.replans += robot.startled
-        robot.tally.flops += self._cost(mode)
+        robot.tally.flops += self._cost(way)
         robot.startled = False
 
-    def _cost(self, mode: str) -> float:
-        """FLOPs of one robot's plan in a mode, with what is imagined to choose and to check it."""
-        if mode not in self._flops:
-            own, planner = plan_flops(self.policy, mode, self.loop.sampling), self.loop.planner
-            if self.planner is not None:
-                follow = plan_flops(self.policy, "forward", replace(self.loop.sampling, steps=planner.forward_steps)) if self.planner.imagines else 0.0
-                own = search_flops(planner, self.planner.imagines, own, follow)
-            self._flops[mode] = own + check_flops(self.policy, self.loop.check)
-        return self._flops[mode]
+    def _cost(self, way: Way) -> float:
+        """FLOPs of one robot's plan, with what is imagined to choose and to check it."""
+        if way not in self._flops:
+            own = plan_flops(self.policy, way.mode, way.sampling)
+            if way.searches:
+                assert self.planner is not None
+                imagines = self.planner.imagines
+                follow = plan_flops(self.policy, "forward", replace(way.sampling, steps=self.loop.planner.forward_steps)) if imagines else 0.0
+                own = search_flops(self.loop.planner, imagines, own, follow)
+            self._flops[way] = own + check_flops(self.policy, self.loop.check)
+        return self._flops[way]
 
-    def _pending(self, robot: Robot, mode: str, plan: Plan, imagined: Tensor | None, elapsed: float) -> Pending:
+    def _pending(self, robot: Robot, way: Way, plan: Plan, imagined: Tensor | None, elapsed: float) -> Pending:
         execution = self.loop.execution
         steps = math.ceil(elapsed / 1e3 * self.gate.control_hz) if execution.realtime else execution.delay
         delay = math.ceil((steps + robot.extra_delay(robot.now)) / self.stride) * self.stride
@@ -383,7 +405,7 @@ class Executor:
         before = stream = None
         if imagined is not None:
             before, stream = self._newest(robot), robot.session.stream.select([0])
-        return Pending(plan, robot.now, robot.now + delay, robot.tally.held, origin, mode, imagined, before, stream)
+        return Pending(plan, robot.now, robot.now + delay, robot.tally.held, origin, way, imagined, before, stream)
 
     def expected_delay(self, robot: Robot) -> int:
         """Control steps that the next plan is expected to take: the largest of late."""
@@ -412,7 +434,7 @@ class Executor:
             return
         robot.queue = np.concatenate([kept, passed])
         if pending.imagined is not None and pending.before is not None:
-            robot.foreseen = Foreseen(pending.imagined, pending.before, pending.stream, origin, pending.mode)
+            robot.foreseen = Foreseen(pending.imagined, pending.before, pending.stream, origin, pending.way)
 
     def _through_the_gate(self, robot: Robot, actions: np.ndarray, before: np.ndarray | None, promised: np.ndarray | None, age: float) -> np.ndarray | None:
         try:
@@ -477,19 +499,22 @@ class Executor:
             with torch.no_grad():
                 pixels = torch.from_numpy(np.stack([frame for frame in seen if frame is not None]))[None]
                 foreseen.came.append(foreseen.stream.encode(pixels.to(self.policy.model.device))[0, :, 0])
-            surprise = self.checker.compare(foreseen.imagined, torch.stack(foreseen.came, dim=1), foreseen.before, *self._imagines_as(foreseen.mode))
-            self._heed(robot, surprise)
+            surprise = self.checker.compare(foreseen.imagined, torch.stack(foreseen.came, dim=1), foreseen.before, *self._imagines_as(foreseen.way))
+            done = [robot.memory.executed.get(step) for step in range(first, first + frames * self.stride)]
+            self._heed(robot, surprise, np.stack([action for action in done if action is not None]))
         if len(foreseen.came) == k:
             robot.foreseen = None
 
-    def _heed(self, robot: Robot, surprise: Surprise) -> None:
+    def _heed(self, robot: Robot, surprise: Surprise, done: np.ndarray) -> None:
+        """Let a comparison have its consequences; `done` (n, d) was executed meanwhile."""
         robot.tally.checks.append(surprise)
-        robot.tally.surprises += surprise.surprised
-        answer = robot.adaptive.saw(surprise)
+        before = robot.adaptive.surprises
+        answer = robot.adaptive.saw(surprise, bool(asks_for_motion(robot.session, done[None])[0]))
+        robot.tally.surprises += robot.adaptive.surprises - before
         if answer == "replan":
             robot.startled = True
         elif answer == "stop":
-            robot.stopped = f"surprised: {surprise.why}"
+            robot.stopped = f"surprised: {surprise.why if surprise.surprised else why_stalled(self.loop.check.stalled or 0)}"
 
 
 def held(hold: np.ndarray, last: np.ndarray) -> np.ndarray:
