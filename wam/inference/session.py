@@ -244,8 +244,9 @@ class Session:
         if latents is None and self.begins_anew:
             raise ValueError(f"this model's memory begins anew after {self._lasts} blocks, from a frame that has not come; nothing can be planned ahead of it")
         self.set_aside()
+        given = self.first is not None and self.block == 0  # the block's first latent was observed
         with torch.no_grad():
-            self._advance(latents, None)
+            self._advance(latents[:, :, 1:] if latents is not None and given else latents, None)
         self.origin = None if origin is None else origin.astype(np.float32)
 
     def set_aside(self) -> None:
