@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_objective import _batch, _objective, _touched
-from tiny import TASKS, random_window, tiny_config, tiny_episode, tiny_model, tiny_policy, tiny_preset, window_of
+from tiny import TASKS, tiny_config, tiny_episode, tiny_policy, tiny_preset, window_of
+from toy import record_toy, toy_config, toy_frame
 
 from wam.inference.session import Session
 from wam.inference.value import value_of
 from wam.model.value import value_errors, value_target
+from wam.model.wam import WorldActionModel
+from wam.pretrained import from_pretrained
 from wam.relations import LeakError, Reach, Relations
 from wam.relations_text import describe, describe_config
 from wam.timeline import Kind
 from wam.training.draws import Draws
-from wam.training.objective import Objective
+from wam.training.loop import train
+from wam.training.validation import auroc
 
 VALUE, EXPERTS, BATCHES = "model.value=success", [None, 32], [1, 3]
 
@@ -35,7 +40,7 @@ def test_a_value_sees_the_past_and_what_it_is_asked_of_and_nobody_sees_it() -> N
             assert blocks[1] - {"H", "G"} == {"S", "R", {"action": "Ac", "outcome": "Vc"}[valuation]}
             assert blocks[0] - {"H", "G"} == {"S", "Vc", "Ac"} and blocks[2] <= {"H", "G"}
             assert not any(table.allow(k, 1, Kind.R, b) for k in Kind for b in (0, 1, 2) if (k, b) != (Kind.R, 1))
-    with pytest.raises(ValueError, match="no value head; train one with model.value=success"):
+    with pytest.raises(ValueError, match=r"no value head; train one with model\.value=success"):
         Relations.of(tiny_config()).valuation("action")
     with pytest.raises(ValueError, match="unknown valuation 'actions'; valuations: action, outcome"):
         relations.valuation("actions")
@@ -120,3 +125,105 @@ def test_what_cannot_be_valued_is_refused() -> None:
     blind.observe(*episode.at(0))
     with pytest.raises(ValueError, match="no value head"):
         value_of(blind, candidates)
+
+
+# ------------------------------------------------------------------------------------------------ the objective
+
+
+def test_targets_by_hand() -> None:
+    steps = torch.tensor([0.0, 50.0, torch.inf, torch.nan])
+    found = {value: value_target(tiny_config(f"model.value={value}", "model.value_horizon=100").model, steps) for value in ("success", "progress")}
+    assert torch.allclose(found["success"], torch.tensor([1, np.exp(-0.5), 0, torch.nan]).float(), equal_nan=True)
+    assert torch.allclose(found["progress"], torch.tensor([1, 0.5, 0, torch.nan]), equal_nan=True)
+    bare = value_target(tiny_config(VALUE, "model.value_horizon=null").model, steps)
+    assert torch.equal(bare[:3], torch.tensor([1.0, 1, 0])) and bare[3].isnan()
+    with pytest.raises(ValueError, match="value_horizon is null"):
+        tiny_config("model.value=progress", "model.value_horizon=null")
+    target = torch.tensor([0.0, 0.3, 1.0])
+    assert torch.allclose(value_errors(torch.logit(target, eps=1e-7), target), torch.zeros(3), atol=1e-5)
+    assert float(value_errors(torch.zeros(1), torch.ones(1))) == pytest.approx(np.log(2))
+
+
+def _valued_batch(config: Any, size: int, known: list[bool]) -> dict[str, Any]:
+    steps = torch.arange(size * config.timeline.blocks).view(size, -1).float()
+    steps[:, -1] = torch.inf
+    return {**_batch(config, size), "outcome": torch.where(torch.tensor(known)[:, None], steps, torch.nan)}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_a_sample_without_an_outcome_trains_no_value_and_rescales_no_other(expert: int | None, batch: int) -> None:
+    config = tiny_preset("all", expert, VALUE, "training.modes={skip: 1, imagine: 1}")
+    objective = _objective(config)
+    losses = objective(_valued_batch(config, batch, [False] * batch), torch.Generator().manual_seed(0))
+    assert losses.value_part is not None and float(losses.value_part.count_B.sum()) == 0 == float(losses.value().detach())
+    (losses.value() + 0 * losses.video()).backward()
+    assert not _touched(objective.model.value_head) and not _touched(objective.model.backbone)
+    if batch == 1:
+        return
+    whole, part = (objective(_valued_batch(config, batch, known), torch.Generator().manual_seed(0)) for known in ([True] * 3, [True, False, True]))
+    assert part.value_part is not None and whole.value_part is not None
+    kept = [0, 2]
+    torch.testing.assert_close(part.value_part.sum_B[kept], whole.value_part.sum_B[kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(part.value(), whole.value_part.sum_B[kept].sum() / whole.value_part.count_B[kept].sum(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(part.video(), whole.video())
+    objective.model.zero_grad()
+    part.value().backward()
+    assert _touched(objective.model.value_head) and not _touched(objective.model.action_decoder)
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_a_value_head_changes_nothing_of_video_and_actions(expert: int | None) -> None:
+    """The same numbers are drawn, the other parameters are the same, and so are the losses, in every mode; without it there is no parameter, token or loss of it."""
+    plain, valued = (tiny_preset("all", expert, "training.modes={skip: 1, joint_mutual: 1, imagine: 1, forward: 1}", *more) for more in ((), (VALUE,)))
+    torch.manual_seed(0)
+    models = [WorldActionModel(config) for config in (plain, valued)]
+    own = {name for name, _ in models[1].named_parameters()} - {name for name, _ in models[0].named_parameters()}
+    assert own and all(name.startswith("value_head.") for name in own)
+    a, b = _objective(plain), _objective(valued)
+    b.model.load_state_dict(a.model.state_dict(), strict=False)
+    inputs = _valued_batch(valued, 3, [True] * 3)
+    without, beside = (objective(inputs, Draws.at(0, 3, range(3))) for objective in (a, b))
+    assert without.modes == beside.modes and without.value_part is None and len(without.parts) == 2
+    for part in ("video_part", "action_part"):
+        torch.testing.assert_close(getattr(beside, part).sum_B, getattr(without, part).sum_B, rtol=1e-4, atol=1e-5)
+        assert torch.equal(getattr(beside, part).count_B, getattr(without, part).count_B)
+    assert {s.kind for s in b.layout.segments} - {s.kind for s in a.layout.segments} == {Kind.R} == {s.kind for s in b.layout.segments if s.kind is Kind.R}
+
+
+def test_values_are_asked_of_what_a_sample_has() -> None:
+    config = tiny_config(VALUE)
+    objective = _objective(config)
+    batch = {**_valued_batch(config, 3, [True] * 3), "has_video": torch.tensor([True, False, True]), "has_action": torch.tensor([True, True, False])}
+    for seed in range(4):
+        drawn = objective.draw(batch, torch.Generator().manual_seed(seed))
+        assert drawn.valuations is not None and [objective.valuations[v] for v in drawn.valuations][1:] == ["action", "outcome"]
+        assert drawn.value_seen_BN is not None and bool(drawn.value_seen_BN.all())
+    wrong = objective.valued(batch, drawn, [0, 1, 0])
+    assert wrong.value_seen_BN is not None and wrong.value_seen_BN.any(1).tolist() == [True, False, False]
+
+
+# ------------------------------------------------------------------------------------------------ from the data to validation
+
+
+def test_auroc_by_hand() -> None:
+    assert auroc(torch.tensor([2.0, 0, 0]), torch.tensor([0.0, 0, 3])) == 1 and auroc(torch.tensor([1.0, 1]), torch.tensor([1.0, 1])) == 0.5
+    negatives, positives = [0, 1, 1, 2], [1, 2, 0]
+    pairs = [(p > n) + 0.5 * (p == n) for p in positives for n in negatives]
+    assert auroc(*(torch.bincount(torch.tensor(x), minlength=3).double() for x in (negatives, positives))) == pytest.approx(np.mean(pairs))
+
+
+def test_a_value_is_learnt_from_recorded_successes_and_failures(tmp_path: Path) -> None:
+    """Episodes that will succeed show a bright bar, those that will not a dark one: held-out ones are told apart, and a session's memory says the same."""
+    record_toy(tmp_path / "data", 16)
+    train(toy_config(tmp_path / "data", VALUE, "model.value_horizon=50", "training.steps=24"), tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    first, last = (next(r for r in order if "val/value_error/action" in r) for order in (records, records[::-1]))
+    for valuation in ("action", "outcome"):
+        assert last[f"val/value_auroc/{valuation}"] > 0.9 and last[f"val/value_error/{valuation}"] < min(0.25, first[f"val/value_error/{valuation}"])
+    policy = from_pretrained(tmp_path / "run" / "checkpoint")
+    session = Session(policy, ["push the bar"] * 2, "metaworld", [0, 1])
+    frames = np.stack([toy_frame(0.5, good=True), toy_frame(0.5, good=False)])[:, None]
+    session.observe(frames, np.zeros((2, 4), np.float32))
+    good, bad = value_of(session, np.zeros((2, 1, 8, 4), np.float32))[:, 0].tolist()
+    assert good > 0.4 > 0.25 > bad

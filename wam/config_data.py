@@ -70,6 +70,8 @@ class DataConfig:
     cache: Literal["memory", "none"] = "memory"  # decoded uint8 frames kept in memory, or decoded on every access
     latents: str | None = None  # directory of encoded windows that `wam cache` wrote; null: frames are encoded at every step
     contents: Literal["paired", "video", "action"] = "paired"  # what is learnt from: both; video alone (no columns are read); states and actions alone (no cameras are read)
+    outcome: Literal["recorded", "success", "unknown"] = "recorded"  # what came of episodes, for a value head: as next.success and next.done say; all succeeded at their last row; not known
+    imitate: Literal["all", "successes"] = "all"  # whose actions are learnt: all, or not those of episodes that failed or were cut off (their video and values are)
     weight: float = 1.0  # of a dataset in a mixture: its share of the samples, beside the others' weights
     workers: int = 0
 

@@ -29,15 +29,16 @@ from wam.config_data import AugmentConfig, grid_of
 from wam.data.frames import DecodedFrames, Frames, KeptFrames
 from wam.data.lerobot import DatasetError, LeRobotDataset, Split
 from wam.data.normalize import Normalizer
+from wam.data.outcomes import steps_to_success, success_row
 from wam.data.rates import at_control_rate, kinds_of, pace_of
 from wam.data.units import Units
 from wam.data.video import VideoDecoder, VideoError
 from wam.data.views import PLAIN, Canvas, Look, draw_look
-from wam.data.windows import Place, Rules, WindowIndices, WindowTable, control_grids, rows_at, rows_in_force, window_indices, window_table
+from wam.data.windows import Place, Rules, WindowIndices, WindowTable, block_ends, control_grids, rows_at, rows_in_force, window_indices, window_table
 
 log = logging.getLogger(__name__)
 ROWS = ("state", "action", "executed")
-ARRAYS = ("frames", "frames_is_pad", "state_is_pad", "action_is_pad", "latents")
+ARRAYS = ("frames", "frames_is_pad", "state_is_pad", "action_is_pad", "outcome", "latents")
 MEAN_OF = 4096  # windows that the mean of relative actions is taken over
 OPEN_FILES = 16  # of each camera, in each process
 SHOWN = 8  # episodes and reasons that a message names
@@ -53,6 +54,7 @@ class Sample(TypedDict):
     action: np.ndarray  # (N * A, action_dim) float32, normalised: what the policy should do
     executed: np.ndarray  # (N * A, action_dim) float32, normalised as actions: what the robot did
     action_is_pad: np.ndarray  # (N * A,) bool
+    outcome: np.ndarray  # (N,) float32: control steps from each block's end to success; inf: it never comes, NaN: not known
     instruction: str
     embodiment: str  # whose states and actions these are
     has_video: bool  # frames are real: video may be supervised
@@ -72,6 +74,7 @@ class Batch(TypedDict):
     action: Tensor  # (B, N * A, action_dim)
     executed: Tensor  # (B, N * A, action_dim)
     action_is_pad: Tensor  # (B, N * A) bool
+    outcome: Tensor  # (B, N)
     instruction: list[str]
     embodiment: list[str]
     has_video: Tensor  # (B,) bool
@@ -138,6 +141,7 @@ class WindowDataset(Dataset[Sample]):
         decoder: with its counts; in a loader's workers each has its own.
         pictures: frames by camera; None where `data.contents` is action.
         canvas: where cameras go.
+        outcomes: by index, the row at which success is first seen; inf: never, NaN: not known.
         latents: encoded windows, which samples then have; frames they have where those ask for pixels.
 
     Raises:
@@ -163,7 +167,7 @@ class WindowDataset(Dataset[Sample]):
         self.image_size = self.canvas.size
         self.units = _units(self.lerobot, data, robot)
         self.kinds = kinds_of(self.units, data, self.pace)
-        self.rules = Rules(self.pace, data.start_stride, data.short)
+        self.rules = Rules(self.pace, math.lcm(data.start_stride, self._fresh_every()), data.short)
         self.decoder = VideoDecoder(("pyav",) if data.decoder == "auto" else (data.decoder,), OPEN_FILES * len(data.cameras))
         self.latents: Latents | None = None
         self.broken: dict[int, str] = {}
@@ -178,6 +182,9 @@ class WindowDataset(Dataset[Sample]):
         self.table = self._table_of(self.episodes)
         self._positions = {e: p for p, e in enumerate(self.episodes)}
         self.offsets = np.concatenate([[0], np.cumsum([self.lerobot.episodes[e].length for e in self.episodes])])
+        self.outcomes = {e: success_row(self.lerobot, e, data.outcome) for e in self.episodes}
+        if data.imitate == "successes" and not any(math.isfinite(row) for row in self.outcomes.values()):
+            raise DatasetError(f"{data.root}: data.imitate is 'successes', but no {split} episode is known to have succeeded; set data.outcome=success where all have, or data.imitate=all")
         self._raw = {name: np.concatenate([rows[e][name] for e in self.episodes]) for name in ROWS} if rows else {}
         self.normalizer = normalizer
 
@@ -289,7 +296,8 @@ class WindowDataset(Dataset[Sample]):
             state_is_pad=rows.state_is_pad | (contents == "video"),
             action=self._actions("action", place, rows),
             executed=self._actions("executed", place, rows),
-            action_is_pad=rows.action_is_pad | (contents == "video"),
+            action_is_pad=rows.action_is_pad | (contents == "video") | self._not_imitated(episode),
+            outcome=self._outcome(episode, place),
             instruction=self._instruction(episode, place.start, wording),
             embodiment=self.data.embodiment,
             has_video=contents != "action",
@@ -302,6 +310,26 @@ class WindowDataset(Dataset[Sample]):
         if self.latents is None or self.latents.pixels:
             sample["frames"] = self._canvas_at(place.position, rows.frames, look)
         return sample
+
+    def _outcome(self, episode: int, place: Place) -> np.ndarray:
+        """(N,): steps to success of a window's blocks; of several instructions, the last one's alone is the episode's."""
+        ends, whole = block_ends(place.start, self.timeline, self.pace), place.stop == self.lerobot.episodes[episode].length
+        return steps_to_success(self.outcomes[episode] if whole else math.nan, ends, place.stop, self.pace)
+
+    def _not_imitated(self, episode: int) -> bool:
+        return self.data.imitate == "successes" and not math.isfinite(self.outcomes[episode])
+
+    def _fresh_every(self) -> int:
+        """Rows between two frames that were really seen: a recording of a robot that is looked at less often than it acts holds them in between.
+
+        Raises:
+            DatasetError: windows would be made of frames that were not.
+        """
+        every = int(((self.lerobot.info.get("wam") or {}).get("recording") or {}).get("frame_every", 1))
+        rows = self.timeline.stride * self.pace
+        if rows % every:
+            raise DatasetError(f"{self.data.root} was recorded with a frame every {every} rows, but timeline.frame_stride {self.timeline.stride} asks for one every {rows:g}; use a multiple of {every}")
+        return every
 
     def _canvas_at(self, position: int, rows: np.ndarray, look: Look = PLAIN) -> np.ndarray:
         """The canvas (F, H, W, 3) uint8 at rows of the episode at a position of `episodes`; black where there are no cameras."""

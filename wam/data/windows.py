@@ -122,6 +122,11 @@ def window_indices(stop: int, start: int, timeline: TimelineConfig, pace: float 
     )
 
 
+def block_ends(start: int, timeline: TimelineConfig, pace: float = 1.0) -> np.ndarray:
+    """(N,) the rows at which the blocks of a window end: where the frame that their last action leads to is."""
+    return start + rows_at(timeline.actions_per_block * np.arange(1, timeline.blocks + 1) - timeline.lead, pace)
+
+
 @dataclass(frozen=True)
 class WindowTable:
     """All windows of some episodes, in order.

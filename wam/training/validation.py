@@ -4,11 +4,13 @@
     memory       H S0     Vc0 Ac0 S1  Vc1 Ac1 S2      from each, the coming block is sampled in every trained mode
     sampled               block 1     block 2         (of a window of one block: block 0)
 
-    val/<mode>/<video|action>     losses as in training             val/loss      all of them, weighted as in training
+    val/<mode>/<video|action|value>  losses as in training             val/loss      all of them, weighted as in training
     val/action_mse/<mode>         sampled actions against the label (`inverse`: with the video that really came), normalised units; beside
                                   `hold`, which repeats the last executed action (a relative one: stays), and `mean`, which always does the average one
     val/video_mse/<mode>          sampled latents against those that came (`forward`: with the actions really executed); beside `static`,
     val/psnr/<mode>               a copy of the last frame; and in pixels, dB over those that move
+    val/value_auroc/<valuation>   with a value head: how well it tells blocks of episodes that succeed from blocks of those that fail (0.5: not
+    val/value_error/<valuation>   at all); and its mean distance from what it should be, 0..1
 
 Windows are dealt out to the processes, all of which do the same number of forward passes, so that collectives inside the network meet; a
 window's noise is a function of the seed and its place, so any number of processes measures the same.
@@ -32,11 +34,11 @@ from wam.data.dataset import WindowDataset, collate
 from wam.model.actions import pad_actions, pad_states
 from wam.model.sampling import Held, Noise, Sample, Situation, sample
 from wam.pictures import film, moving_mask, psnr, write_png
-from wam.relations import Mode, trained_modes
+from wam.relations import Mode, trained_modes, trained_valuations
 from wam.timeline import Kind
 from wam.training.draws import Draws
 from wam.training.engine import Engine
-from wam.training.objective import Objective, latent_padding
+from wam.training.objective import PARTS, Drawn, Losses, Objective, latent_padding
 
 WITHOUT_ASKING = ("video", "imagine", "joint_mutual", "joint")  # modes that imagine from what was observed; the first that is trained is drawn
 CLIPS = 4  # in a picture
@@ -93,20 +95,20 @@ def validate(objective: Objective, parts: Sequence[HeldOut], engine: Engine, pic
     Args:
         picture: where the main process writes a strip of real and imagined frames.
     """
-    config, model, sums = objective.config, objective.model, Sums()
+    config, model, sums, told = objective.config, objective.model, Sums(), Told(trained_valuations(objective.config))
     clips: list[list[tuple[str, np.ndarray]]] = []
     model.eval()
     for part in parts:
         prefixes = ["val/"] if len(parts) == 1 else ["val/", f"val/{part.name}/"]
         for dealt in _deal(part, config.training.validation_batches * config.training.batch_size, config, engine):
-            _losses(objective, dealt, sums, prefixes)
+            _losses(objective, dealt, sums, prefixes, told)
         for dealt in _deal(part, config.training.validation_samples, config, engine):
             driven = Driven(objective, dealt, part)
             driven.measure(sums, prefixes)
             if engine.is_main and len(clips) < CLIPS:
                 clips += driven.clips()
     model.train()
-    out = sums.means(engine)
+    out = sums.means(engine) | told.figures(engine)
     if picture is not None and engine.is_main and clips:
         write_png(film(clips[:CLIPS]), picture)
     return {**out, **_loss(config, out)}
@@ -115,7 +117,7 @@ def validate(objective: Objective, parts: Sequence[HeldOut], engine: Engine, pic
 def _loss(config: Config, figures: dict[str, float]) -> dict[str, float]:
     """What training minimises, of held-out windows: modes by their weights."""
     t = config.training
-    weights = {"video": t.video_weight, "action": t.action_weight}
+    weights = {"video": t.video_weight, "action": t.action_weight, "value": t.value_weight}
     named = [(p * weights[part], f"val/{mode}/{part}") for mode, p in t.modes.items() for part in weights]
     if not any(name in figures for _, name in named):
         return {}
@@ -147,13 +149,65 @@ def _deal(part: HeldOut, wanted: int, config: Config, engine: Engine) -> Iterato
         yield Dealt(batch, [place for place, _ in rows], torch.tensor([weight for _, weight in rows]), seed)
 
 
-def _losses(objective: Objective, dealt: Dealt, sums: Sums, prefixes: Sequence[str]) -> None:
+def _losses(objective: Objective, dealt: Dealt, sums: Sums, prefixes: Sequence[str], told: Told) -> None:
     weight = dealt.weight_B.to(objective.model.device)
     for mode in trained_modes(objective.config):
         drawn = objective.draw(dealt.batch, Draws.at(dealt.seed, 0, dealt.places), mode)
         losses = objective.losses(dealt.batch, drawn)
-        for name, part in (("video", losses.video_part), ("action", losses.action_part)):
+        for name, part in zip(PARTS, losses.parts, strict=False):
             sums.add(prefixes, f"{mode}/{name}", (part.sum_B * weight).sum(), (part.count_B * weight).sum())
+        if losses.logit_BN is not None:
+            told.add(drawn, losses, dealt)
+
+
+class Told:
+    """What the value head said of blocks whose outcome is known: counts by logit, so that processes can be added up.
+
+    Args:
+        valuations: those that are trained; none without a value head.
+    """
+
+    BINS, LARGEST = 4096, 16.0  # of logits from -LARGEST to LARGEST: values that differ by less than a quarter of a percent may tie
+
+    def __init__(self, valuations: Sequence[str]):
+        self.valuations = list(valuations)
+        self.counts = torch.zeros(len(self.valuations), 2, self.BINS, dtype=torch.float64)  # by valuation, of episodes that fail and that succeed
+        self.errors = torch.zeros(len(self.valuations), 2, dtype=torch.float64)
+
+    def add(self, drawn: Drawn, losses: Losses, dealt: Dealt) -> None:
+        """Take in a batch."""
+        assert losses.logit_BN is not None and drawn.value_BN is not None and drawn.value_seen_BN is not None and drawn.valuations is not None
+        logit_BN, steps_BN = losses.logit_BN.cpu().double(), dealt.batch.get("outcome")
+        place_BN = ((logit_BN + self.LARGEST) * (self.BINS / (2 * self.LARGEST))).long().clamp(0, self.BINS - 1)
+        weight_BN = drawn.value_seen_BN.double() * dealt.weight_B.double().unsqueeze(1)
+        error_BN = (torch.sigmoid(logit_BN) - drawn.value_BN.double()).abs()
+        for row, valuation in enumerate(drawn.valuations):
+            if steps_BN is None:
+                continue
+            for outcome, those in enumerate((steps_BN[row].isinf(), steps_BN[row].isfinite())):
+                self.counts[valuation, outcome].index_add_(0, place_BN[row], weight_BN[row] * those)
+            self.errors[valuation] += torch.stack([(error_BN[row] * weight_BN[row]).sum(), weight_BN[row].sum()])
+
+    def figures(self, engine: Engine) -> dict[str, float]:
+        """Over all processes, those that something was counted for.  All processes call it together."""
+        if not self.valuations:
+            return {}
+        flat = engine.sum(torch.cat([self.counts.flatten(), self.errors.flatten()]).to(engine.device)).cpu()
+        counts, errors = flat[: self.counts.numel()].view_as(self.counts), flat[self.counts.numel() :].view_as(self.errors)
+        out: dict[str, float] = {}
+        for index, name in enumerate(self.valuations):
+            failed, succeeded = counts[index]
+            if failed.sum() > 0 and succeeded.sum() > 0:
+                out[f"val/value_auroc/{name}"] = auroc(failed, succeeded)
+            if errors[index, 1] > 0:
+                out[f"val/value_error/{name}"] = float(errors[index, 0] / errors[index, 1])
+        return out
+
+
+def auroc(negatives: Tensor, positives: Tensor) -> float:
+    """The chance that a positive lies above a negative, ties counting half, from how many of each lie in bins of rising score."""
+    below = negatives.cumsum(0) - negatives
+    return float((positives * (below + negatives / 2)).sum() / (negatives.sum() * positives.sum()))
 
 
 # ------------------------------------------------------------------------------------------------ what is sampled
