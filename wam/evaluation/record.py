@@ -10,17 +10,14 @@ actions that it was let to send, and what came of it.  An episode that is there 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
 
 from wam.data.recording import EpisodeBuffer, Recording, RecordingFormat
 from wam.evaluation.environments import Floats, Frames, StepResult
 from wam.evaluation.episodes import Episode, Watcher
 from wam.evaluation.metaworld_tasks import ACTION_NAMES, STATE_NAMES
-from wam.evaluation.vector import Observations, VectorEnv
+from wam.evaluation.vector import VectorEnv
 from wam.pretrained import Policy
 
 CANVAS = "observation.images.canvas"  # of several cameras on one picture
@@ -57,10 +54,6 @@ class Record(Watcher):
         self._sent: dict[int, Floats] = {}
         (self._camera,) = recording.form.cameras
 
-    def watching(self, env: VectorEnv) -> VectorEnv:
-        """The environment, which tells this recorder of the first observations."""
-        return cast(VectorEnv, _Watched(env, self))
-
     def began(self, row: int, instruction: str, frame: Frames, state: Floats) -> None:
         """A row's episode began: what is asked, and what is seen first, (H, W, 3) and (Ds,)."""
         buffer = EpisodeBuffer(self.recording.form, instruction)
@@ -75,9 +68,7 @@ class Record(Watcher):
         """Stretches were executed."""
         every = self.recording.form.frame_every
         for row, result in zip(rows, results, strict=True):
-            sent, buffer = self._sent.pop(row), self._buffers.get(row)
-            if buffer is None:  # it began with a state that is no number
-                continue
+            buffer, sent = self._buffers[row], self._sent.pop(row)
             assert len(buffer) % every == 0, "stretches are whole numbers of frames"
             for step, (state, success) in enumerate(zip(result.states, result.success, strict=True)):
                 due = (step + 1) % every == 0
@@ -96,21 +87,3 @@ class Record(Watcher):
             self.kept += self.recording.add(name, buffer, episode.outcome, {**self._facts, "seed": episode.seed})
         self._buffers = {}
 
-
-class _Watched:
-    """A `VectorEnv` that tells a recorder of its first observations; everything is its own."""
-
-    def __init__(self, env: VectorEnv, record: Record):
-        self.env, self.record = env, record
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.env, name)
-
-    def reset(self, seeds: Sequence[int]) -> Observations:
-        """See `VectorEnv.reset`."""
-        first = self.env.reset(seeds)
-        crashed: Mapping[int, str] = first.crashed
-        for row in range(len(seeds)):
-            if row not in crashed and np.isfinite(first.states[row]).all():
-                self.record.began(row, first.instructions[row] if first.instructions else self.env.instruction, first.frames[row, 0], first.states[row])
-        return first
