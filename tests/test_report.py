@@ -94,7 +94,13 @@ def run(tmp_path: Path) -> Path:
     )
     episodes = [{"seed": 20000, "success": True, "length": 84, "chunks": 11}, {"seed": 20001, "success": False, "length": 500, "chunks": 63}]
     write(root / "rollout/rollout.json", {"modes": {mode: {"episodes": 2, "episode_results": episodes} for mode in ("skip", "imagine")}})
-    write(root / "imagine/imagine.json", {"mask": "pixels that change by more than 8 of 255"})
+    curve = [{"seconds": 0.1 * i, "psnr_db": 24.0 - i, "static_psnr_db": 18.0 - i, "moving_ssim": 0.8} for i in (1, 2)]
+    follows = {"ratio": 1.75, "nearer": 12, "clips": 16, "nearer_low": 0.51, "nearer_high": 0.9, "actions_differ": 0.8}
+    write(
+        root / "imagine/imagine.json",
+        {"mask": "pixels that change by more than 8 of 255", "modes": {"forward": {"horizon": curve}}, "action_following": follows, "left_out": {"lpips": "no such package"}},
+    )
+    (root / "imagine/horizon.png").write_bytes(b"drawn by the page itself")
     for name in ("rollout/videos/skip_20000.mp4", "rollout/videos/skip_20000.png", "imagine/episode0003_0040_real_forward_imagine.mp4"):
         (root / name).write_bytes(b"not really a video")
     return root
@@ -131,6 +137,8 @@ def test_the_page_holds_the_numbers(run: Path) -> None:
         "imagine p = 1.",
         "Seed 20000: success after 84 steps, 11 plans",
         "Episode 3 from step 40: real | forward | imagine",
+        "is 1.75 times as far from what happened as given the true ones",
+        "Left out, lpips: no such package.",
         "2.9.0+cpu",
         "wam demo --task",
         "actions_per_block: 8",

@@ -11,7 +11,7 @@ with the spread of the actions, which is the error of always answering their mea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -182,3 +182,31 @@ def dimension_names(robot: EmbodimentConfig) -> list[str]:
     """Names of the network's action dimensions: `arm[0]`, `arm[1]`, `gripper`."""
     names = [f"{g.name}[{i}]" if g.network_size > 1 else g.name for g in robot.action_groups for i in range(g.network_size)]
     return names or [f"action[{i}]" for i in range(robot.action_dim)]
+
+
+# ------------------------------------------------------------------------------------------------ in words
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """What `imagine.json` says of following and consistency, in a sentence each, and what it leaves out; nothing of what it does not hold."""
+    said = []
+    following, consistency, left_out = (results.get(key) for key in ("action_following", "consistency", "left_out"))
+    if isinstance(following, dict) and {"ratio", "nearer", "clips", "nearer_low", "nearer_high", "actions_differ"} <= following.keys():
+        f = following
+        said.append(
+            f"Does imagined video follow the actions? Given another episode's actions, forward dynamics is {f['ratio']:.2f} times as far from what happened as given the true ones "
+            f"(1: it ignores them); the true ones are nearer in {f['nearer']} of {f['clips']} clips ({100 * f['nearer_low']:.0f}-{100 * f['nearer_high']:.0f} %; half is chance). "
+            f"The actions differed {f['actions_differ']:.2f} times as much as unrelated ones would."
+        )
+    if isinstance(consistency, dict) and {"imagined", "real", "blocks", "spread", "inverse_is"} <= consistency.keys():
+        c = consistency
+        said.append(
+            f"Are the actions in it? Inverse dynamics leaves {_percent(c['imagined']['unexplained'])} of their variance unexplained on blocks that forward dynamics imagined from them, "
+            f"and {_percent(c['real']['unexplained'])} on the real blocks ({c['blocks']} blocks; RMSE {c['imagined']['rmse']:.3f} and {c['real']['rmse']:.3f}, spread {c['spread']:.3f}, normalised units)."
+            + ("" if c["inverse_is"].startswith("trained as") else f" Inverse dynamics is {c['inverse_is']}.")
+        )
+    return said + [f"Left out, {name.replace('_', ' ')}: {why}." for name, why in (left_out.items() if isinstance(left_out, dict) else ())]
+
+
+def _percent(share: float | None) -> str:
+    return "an unknown share" if share is None else f"{share:.0%}"

@@ -21,13 +21,21 @@ BASELINES = (("static", "first frame copied", (0, (5, 2))), ("mean_motion", "mea
 PANELS = (("psnr_db", "PSNR over moving pixels, dB"), ("moving_ssim", "SSIM over moving pixels"))
 
 
+def curves_of(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The points of each mode's curve, as far as the file holds any (it may be older, or made by hand)."""
+    modes = results.get("modes")
+    found = {mode: entry.get("horizon") for mode, entry in modes.items() if isinstance(entry, dict)} if isinstance(modes, dict) else {}
+    known = {mode: [p for p in points if isinstance(p, dict) and "seconds" in p] for mode, points in found.items() if isinstance(points, list)}
+    return {mode: points for mode, points in known.items() if points}
+
+
 def draw_horizon(results: Mapping[str, Any], path: Path) -> None:
     """Draw what `imagine.json` holds.
 
     Raises:
         ValueError: it holds no curve by horizon.
     """
-    curves = {mode: entry["horizon"] for mode, entry in (results.get("modes") or {}).items() if entry.get("horizon")}
+    curves = curves_of(results)
     if not curves:
         raise ValueError("imagine.json holds no error by horizon; `wam imagine` writes it")
     with new_figure(path, 9.6, 3.5) as figure:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from wam.config import Config, ImagineConfig
 from wam.data.dataset import EpisodeView, WindowDataset
-from wam.evaluation.consistency import action_following, inverse_of_forward
+from wam.evaluation.consistency import action_following, inverse_of_forward, sentences
 from wam.evaluation.horizon import FIGURE, draw_horizon
 from wam.evaluation.mean_motion import ABOUT, MeanMotion, mean_motion
 from wam.files import write_json_atomic
@@ -91,7 +91,6 @@ def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str 
         if mode not in policy.config.training.modes:
             told = f"the checkpoint was not trained in mode {mode!r} (training.modes: {', '.join(policy.config.training.modes)})"
             results["left_out"][mode] = told
-            log.warning("%s; left out", told)
             continue
         videos[mode] = rollout(policy, clips, mode, config)
         results["modes"][mode] = {**score(clips, videos[mode], judge), "blocks": blocks}
@@ -99,13 +98,17 @@ def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str 
     for name, measured in (("action_following", following), ("consistency", consistency)):
         if isinstance(measured, str):
             results["left_out"][name] = measured
-            log.info("%s is left out: %s", name, measured)
         else:
             results[name] = measured
     for index, clip in enumerate(clips[: config.videos]):
         _show(clip, {mode: v[index] for mode, v in videos.items()}, output)
     _draw(results, output)
     write_json_atomic(output / RESULTS, results)
+    for mode, found in results["modes"].items():
+        over = "" if "gain_over_mean_motion_db" not in found else f", {found['gain_over_mean_motion_db']:+.1f} over the dataset's mean motion"
+        log.info("%s: PSNR %.1f dB over moving pixels, %+.1f over copying the first frame%s", mode, found["psnr_db"], found["gain_db"], over)
+    for sentence in sentences(results):
+        log.info("%s", sentence)
     return results
 
 
@@ -135,7 +138,6 @@ def _judge(policy: Policy, clips: Sequence[Clip], dataset: str | None) -> Judge:
     missing = lpips_is_missing()
     if missing:
         left_out["lpips"] = missing
-        log.info("%s; it is left out", missing)
     data = dataclasses.replace(policy.config.data, root=dataset or policy.config.data.root, cache="none")
     source = WindowDataset(data, t, "train", image_size=policy.config.codec.image_size, robot=policy.config.model.embodiment(data.embodiment))
     motion = mean_motion(source, len(clips[0].frames) - 1, t.stride)
@@ -161,7 +163,6 @@ def _draw(results: dict[str, Any], output: Path) -> None:
         draw_horizon(results, output / FIGURE)
     except ImportError as error:
         results["left_out"]["figure"] = str(error)
-        log.info("no %s: %s", FIGURE, error)
 
 
 def held_out_clips(config: Config, imagine: ImagineConfig, dataset: str | None = None) -> list[Clip]:

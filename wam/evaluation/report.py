@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 from wam.config import TimelineConfig, from_dict
+from wam.evaluation.consistency import sentences
+from wam.evaluation.horizon import curves_of, draw_horizon
 from wam.evaluation.page import NOTHING, Child, Html, absent, data_uri, facts, join, page, section, table, tag
 from wam.evaluation.plots import draw_learning_curves, draw_mask, draw_timeline
 from wam.evaluation.run_files import Run, media_groups, read_run
@@ -351,11 +353,11 @@ def _imagination(data: Run) -> Html:
     measured, groups = data.entries("imagination"), media_groups(data.root / "imagine")
     parts: list[Child] = []
     if measured:
-        head = ("mode", "PSNR, dB", "PSNR of copying, dB", "gain, dB", "SSIM", "SSIM of copying", "clips \u00d7 blocks")
+        head = ("mode", "PSNR, dB", "of copying", "of mean motion", "of the codec", "SSIM", "of copying", "clips \u00d7 blocks")
         rows = [
             (
                 [_swatch(name), name],
-                *(_number(e.get(key), 2) for key in ("psnr_db", "static_psnr_db", "gain_db")),
+                *(_number(e.get(key), 2) for key in ("psnr_db", "static_psnr_db", "mean_motion_psnr_db", "codec_psnr_db")),
                 *(_number(e.get(key), 3) for key in ("ssim", "static_ssim")),
                 f"{_number(e.get('clips'))} \u00d7 {_number(e.get('blocks'))}",
             )
@@ -364,9 +366,14 @@ def _imagination(data: Run) -> Html:
         unknown = f"pixels that are not recorded ({data.problems.get('imagine', 'imagine/imagine.json has no mask')})"
         caption = (
             "Video imagined from one frame on, block after block with nothing observed in between, against what was recorded on held-out episodes; copying repeats the frame "
-            f"it started from. PSNR over {data.imagine.get('mask') or unknown}; SSIM over whole frames."
+            "it started from, mean motion adds to it what training episodes change in the same time, and the codec is shown the truth, which is the ceiling. "
+            f"PSNR over {data.imagine.get('mask') or unknown}; SSIM over whole frames."
         )
         parts.append(table(caption, head, [rows]))
+        if curves_of(data.imagine):
+            curves = drawing(lambda path: draw_horizon(data.imagine, path), "error by how far ahead")
+            parts.append(tag("figure", curves, tag("figcaption", "The same by how far ahead it was imagined, over moving pixels. Higher is better.")))
+        parts += [tag("p", sentence) for sentence in sentences(data.imagine)]
     else:
         parts.append(absent("No imagination was measured: results.json has no imagination; `wam imagine` measures it"))
     if groups:

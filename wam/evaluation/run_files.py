@@ -18,6 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from wam.evaluation.horizon import FIGURE
 from wam.relations import MODES
 
 RESULTS = "results.json"
@@ -106,7 +107,7 @@ def media_groups(folder: Path) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     if not folder.is_dir():
         return groups
-    stems = sorted({p.with_suffix("") for p in folder.iterdir() if p.suffix in (".mp4", ".png") and not p.name.startswith(".")})
+    stems = sorted({p.with_suffix("") for p in folder.iterdir() if p.suffix in (".mp4", ".png") and not p.name.startswith(".") and p.name != FIGURE})  # the page draws that itself
     longest_first = sorted(MODES, key=len, reverse=True)
     for stem in stems:
         mode = next((m for m in longest_first if stem.name == m or stem.name.startswith(f"{m}_")), "other")
