@@ -133,7 +133,7 @@ def _group(session: Session, call: Call, number: int) -> Any:
     if isinstance(call, Go):
         return "go", phase, shapes, call.latents is None
     given = tuple(None if x is None else x.shape[1] for x in (call.committed, call.promised, call.actions))
-    return "plan", phase, shapes, call.mode, call.sampling, given, id(call.plan_with), call.seeds is None
+    return "plan", phase, shapes, call.mode, call.sampling, given, call.plan_with, call.seeds is None
 
 
 def _together(sessions: list[Session], calls: list[Call]) -> list[Plan | None]:
