@@ -145,6 +145,7 @@ def test_the_page_holds_the_numbers(run: Path) -> None:
     ):
         assert text in reader.words, text
     assert reader.names.count("video") == 2 and reader.names.count("caption") >= 3
+    assert 'aria-label="error by how far ahead"' in path.read_text() and "Stills. horizon" not in path.read_text(), "drawn by the page, not shown as a clip"
     assert 'class="absent"' not in path.read_text()
 
 

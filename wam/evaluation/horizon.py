@@ -25,7 +25,7 @@ def curves_of(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """The points of each mode's curve, as far as the file holds any (it may be older, or made by hand)."""
     modes = results.get("modes")
     found = {mode: entry.get("horizon") for mode, entry in modes.items() if isinstance(entry, dict)} if isinstance(modes, dict) else {}
-    known = {mode: [p for p in points if isinstance(p, dict) and "seconds" in p] for mode, points in found.items() if isinstance(points, list)}
+    known: dict[str, list[Mapping[str, Any]]] = {mode: [p for p in points if isinstance(p, dict) and "seconds" in p] for mode, points in found.items() if isinstance(points, list)}
     return {mode: points for mode, points in known.items() if points}
 
 
