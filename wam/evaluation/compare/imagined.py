@@ -36,7 +36,7 @@ def imagine_rows(plan: Plan, output: Path) -> None:
         if not own:
             continue
         policy = from_pretrained(checkpoint_of(variant, output))
-        clips = held_out_clips(policy.config, plan.config.imagine)
+        clips = held_out_clips(policy.config, plan.config.imagine, plan.config.data.root)
         for name, mode in own.items():
             videos = imagine_clips(policy, clips, mode, plan.config.imagine)
             rows[name] = score(clips, videos)

@@ -34,7 +34,8 @@ def measure_latency(plan: Plan, output: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policies = {v.name: from_pretrained(checkpoint_of(v, output), device) for v in plan.variants}
     rows = [row for row in plan.rows if not row.extra]  # another closed loop is timed where it is driven
-    robots = {row.name: _Robot.of(policies[row.variant], row) for row in rows}
+    clips = {name: held_out_clips(policy.config, ImagineConfig(clips=1, blocks=BLOCKS), plan.config.data.root)[0] for name, policy in policies.items()}
+    robots = {row.name: _Robot.of(policies[row.variant], row, clips[row.variant]) for row in rows}
     warm = max(p.config.timeline.history for p in policies.values()) + 1
     for i in range(warm + plan.settings.latency_plans):
         for robot in robots.values():
@@ -55,8 +56,7 @@ class _Robot:
     stages: list[dict[str, float]]
 
     @staticmethod
-    def of(policy: Policy, row: Row) -> _Robot:
-        clip = held_out_clips(policy.config, ImagineConfig(clips=1, blocks=BLOCKS))[0]
+    def of(policy: Policy, row: Row, clip: Clip) -> _Robot:
         session = Session(policy, [clip.instruction], policy.config.data.embodiment, [0])
         session.observe(clip.frames[None, :1], clip.state[None])
         session.plan(row.mode)

@@ -190,7 +190,7 @@ def _results(data: Tree, output: Path) -> Child:
         "Imagined: how much closer (PSNR, moving pixels) the imagined video is to what followed than the frame it started from. Below the line, policies that need no model."
     )
     apart = [name for name, row in data["rows"].items() if not row["timed_apart"]]
-    note = tag("p", f"{', '.join(apart)}: timed in the closed loop, not in turns with the others.", class_="note") if apart else None
+    note = tag("p", f"{', '.join(apart)}: timed in the closed loop, not in turns with the others, so small differences of latency to them say nothing.", class_="note") if apart else None
     return (table(caption, head, [rows, floor]), note)
 
 

@@ -28,6 +28,8 @@ STYLE = """
 .lane b.actions { background: #d55e00; border-color: #d55e00; color: #fff; }
 .lane i { color: var(--faint); font-style: normal; }
 #results table, #disturbances table { font-size: .92rem; }
+#results thead th, #disturbances thead th { white-space: normal; vertical-align: bottom; }
+#disturbances td, #disturbances th { padding-left: .35rem; padding-right: .35rem; }
 #results .bar { width: 6.2rem; }
 #results .range { min-width: 3rem; margin-right: .4rem; }
 #results td, #results th { padding-left: .35rem; padding-right: .35rem; }

@@ -72,7 +72,7 @@ def _do(plan: Plan, output: Path, phase: Phase) -> None:
     elif phase.kind == "calibrate":
         from wam.evaluation.calibrate import calibrate
 
-        calibrate(checkpoint_of(plan.variant(phase.of), output), calibration(plan, phase.of))
+        calibrate(checkpoint_of(plan.variant(phase.of), output), calibration(plan, phase.of), plan.config.data.root)
     elif phase.kind == "drive":
         _drive(plan, output, phase)
     elif phase.kind == "baselines":
