@@ -79,7 +79,12 @@ def test_a_suite_is_compared_by_task_and_over_tasks(tmp_path: Path) -> None:
     assert over["difference"] == pytest.approx(0.08) and over["p"] == pytest.approx(mcnemar(A + A + B, B + A + B))
     assert (over["low"], over["high"]) == hierarchical_paired_bootstrap([(A, B), (A, A), (B, B)]) and over["low"] <= 0
     assert over["claim"].endswith("a skip succeeds more often on these tasks; that it would on others like them is not shown, because tasks differ too much.")
-    assert "mean over tasks" in text(results) and text(results).count("seeds:") == 3
+    assert "mean over tasks" in text(results) and text(results).count("seeds:") == 1 and "one: a skip 34/50" in text(results), "one task shows it by itself"
+
+    few = compare_runs(suite(tmp_path / "c", {"one": A[30:40], "two": A[:10]}), suite(tmp_path / "d", {"one": B[30:40], "two": A[:10]}))
+    over = few["comparisons"][0]["over_tasks"]
+    assert over["episodes_needed"] > over["episodes"] == 20 and f"about {-(-over['episodes_needed'] // 2)} seeds of each task would show it" in over["claim"]
+    assert "No task shows a difference by itself (p corrected for 2 tasks)." in text(few)
 
 
 @pytest.mark.parametrize(

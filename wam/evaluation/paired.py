@@ -19,6 +19,7 @@ from typing import Any
 
 from wam.evaluation.statistics import (
     ALPHA,
+    POWER,
     Table,
     claim,
     episodes_needed_paired,
@@ -174,7 +175,7 @@ def _one_task(env: str, a: Side, b: Side) -> dict[str, Any]:
         "bootstrap_low": boot_low,
         "bootstrap_high": boot_high,
         "p": mcnemar(x, y),
-        "episodes_needed": None if t.only_a == t.only_b else episodes_needed_paired(t.only_a / t.episodes, t.only_b / t.episodes),
+        "episodes_needed": _needed(t),
     }
 
 
@@ -184,6 +185,7 @@ def _over_tasks(a: Side, b: Side) -> dict[str, Any]:
     means = [sum(sum(won) / len(won) for won in side) / len(pairs) for side in zip(*pairs, strict=True)]
     low, high = hierarchical_paired_bootstrap(pairs)
     every_a, every_b = ([won for task in side for won in task] for side in zip(*pairs, strict=True))
+    t = Table.of(every_a, every_b)
     return {
         "tasks": len(pairs),
         "episodes": len(every_a),
@@ -193,7 +195,13 @@ def _over_tasks(a: Side, b: Side) -> dict[str, Any]:
         "low": low,
         "high": high,
         "p": mcnemar(every_a, every_b),
+        "episodes_needed": _needed(t),
     }
+
+
+def _needed(t: Table) -> int | None:
+    """Pairs that would show the difference seen; None where none was."""
+    return None if t.only_a == t.only_b else episodes_needed_paired(t.only_a / t.episodes, t.only_b / t.episodes)
 
 
 def _correct(family: Sequence[dict[str, Any]]) -> None:
@@ -217,7 +225,13 @@ def _claim_over_tasks(over: Mapping[str, Any], a: str, b: str) -> str:
         f"{points(over['difference'], over['low'], over['high'])}, tasks resampled, p = {p:.2g} (McNemar's exact test of all {over['episodes']} pairs)."
     )
     if p >= ALPHA:
-        return f"{facts} This does not show a difference on these tasks."
+        needed = over["episodes_needed"]
+        more = (
+            f"; if it is as large as it looks, about {-(-needed // over['tasks'])} seeds of each task would show it ({POWER:.0%} power)"
+            if needed and needed > over["episodes"]
+            else ""
+        )
+        return f"{facts} This does not show a difference on these tasks{more}."
     if over["low"] <= 0 <= over["high"]:
         return f"{facts} {better} succeeds more often on these tasks; that it would on others like them is not shown, because tasks differ too much."
     return f"{facts} {better} succeeds more often."
@@ -291,17 +305,22 @@ def text(results: Mapping[str, Any]) -> str:
     lines = []
     for comparison in results["comparisons"]:
         lines += [f"A: {comparison['a']}    B: {comparison['b']}", "", *_table(comparison), ""]
-        over = comparison["over_tasks"]
-        several = len(comparison["tasks"]) > 1
-        lines += [f"{f'{_short(env)}: ' if several else ''}{entry['claim']}" for env, entry in comparison["tasks"].items()]
-        lines += [over["claim"]] if over else []
-        lines.append("")
+        lines += [*_sentences(comparison), ""]
     differ: dict[str, list[Any]] = {}
     for found in results["settings_that_differ"].values():
         differ |= found
     if differ:
         lines += ["Settings that differ (A, B):", *(f"  {key}: {_shown(one)}, {_shown(other)}" for key, (one, other) in differ.items())]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _sentences(comparison: Mapping[str, Any]) -> list[str]:
+    """The claim; of a suite that over tasks, and those of tasks that show a difference by themselves (the file has all)."""
+    over, tasks = comparison["over_tasks"], comparison["tasks"]
+    if not over:
+        return [entry["claim"] for entry in tasks.values()]
+    shown = [f"{_short(env)}: {entry['claim']}" for env, entry in tasks.items() if entry["p_corrected"] < ALPHA]
+    return [over["claim"], *(shown or [f"No task shows a difference by itself (p corrected for {len(tasks)} tasks)."])]
 
 
 def _table(comparison: Mapping[str, Any]) -> list[str]:
