@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wam.config import PlannerConfig, SamplingConfig
 from wam.inference.candidates import Candidates, imagining
-from wam.inference.scores import agreement_scores, goal_scores
+from wam.inference.scores import agreement_scores, goal_scores, last_pictures
 from wam.inference.session import Plan, Session
 from wam.inference.value import value_of
 from wam.model.sampling import Sample
@@ -135,7 +135,7 @@ class Planner:
     def _scores(self, session: Session, actions_BNTA: Tensor, outcomes: Tensor | None) -> Tensor:
         if self.config.score == "goal":
             assert outcomes is not None and session.target is not None and session.newest is not None
-            return goal_scores(outcomes, session.target[:, :, 0], session.newest[:, :, 0], self.config.distance)
+            return goal_scores(last_pictures(self.policy.codec, outcomes), session.target[:, :, 0], session.newest[:, :, 0], self.config.distance)
         if self.config.score == "value":
             return value_of(session, latents=outcomes) if self.imagines else value_of(session, actions=self._physical(session, actions_BNTA))
         return agreement_scores(actions_BNTA)

@@ -139,6 +139,12 @@ class Session:
         return self.config.timeline.blocks if ends else None
 
     @property
+    def frames_due(self) -> int:
+        """Frames that the next observation has: one at first, then a block's, without those that came with the first frame inside it."""
+        t = self.config.timeline
+        return 1 if self.block == FIRST_BLOCK else t.frames_per_block - (t.temporal_stride if self.block == 0 and self._first_inside else 0)
+
+    @property
     def begins_anew(self) -> bool:
         """Whether the next observation is the first of a new memory: the blocks of a window are full, and this model cannot go on."""
         return self._lasts is not None and self.block + 1 >= self._lasts and self.block != FIRST_BLOCK
@@ -154,7 +160,7 @@ class Session:
         self.origin: np.ndarray | None = None  # the state that relative actions start from, physical units
         self.first: Tensor | None = None  # where the first frame is inside block 0
         self.acted: Tensor | None = None  # executed actions that wait for the frames they led to
-        self.newest: Tensor | None = None  # the latent frame seen (or imagined) last, (B, C, 1, h, w)
+        self.newest: Tensor | None = None  # where planning aims at a picture: the frame observed last, encoded as such pictures are, (B, C, 1, h, w)
         self.before: Session | None = None  # where imagining began
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -178,6 +184,7 @@ class Session:
             with self._timed("encode"):
                 pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.model.device)
                 latents = self.stream.encode(pixels)
+                self.newest = None if self.target is None else self.policy.codec.encode(pixels[:, -1:])
             if self.block == FIRST_BLOCK:
                 with self._timed("first frame"):
                     self._begin(pixels)
@@ -346,7 +353,6 @@ class Session:
             seen = self.normalizer.normalize("state", self.units.encode_state(state.astype(np.float32)))
             normal = pad_states(self.config.model, torch.from_numpy(seen)).to(self.model.device)
         begins = self.block == FIRST_BLOCK
-        self.newest = self.newest if latents is None else latents[:, :, -1:]
         if begins and normal is not None and self.config.model.state == "context":
             self.conditions = self.model.prepare(self.model.with_state(self.conditions, self._both(normal), self.embodiment_B))
         if begins and self._first_inside:
@@ -443,9 +449,7 @@ class Session:
     def _check_observation(self, frames: np.ndarray, state: np.ndarray | None) -> None:
         if not self.committed:
             raise ValueError("the actions of this block were not committed; call commit(executed) before observe(frames, state)")
-        t = self.config.timeline
-        count = 1 if self.block == FIRST_BLOCK else t.frames_per_block - (t.temporal_stride if self.block == 0 and self._first_inside else 0)
-        expected = (self.batch, count, *self.config.codec.image_size, 3)
+        expected = (self.batch, self.frames_due, *self.config.codec.image_size, 3)
         if frames.shape != expected or frames.dtype != np.uint8:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (rows, frames, height, width, 3) = {expected}")
         if state is None:
