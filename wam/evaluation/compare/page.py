@@ -114,11 +114,18 @@ def _question(data: Tree, output: Path) -> Child:
         "The same network answers in every way below; what differs is which tokens may attend to which, and what is predicted when."
     )
     reading = "In a mask, rows attend to columns. H is the first frame, S the state, Vc and Ac what was seen and done, V and A the video and actions that are predicted; blue is video, orange is actions."
-    cards = [_answer(name, variant, data) for name, variant in data["variants"].items()]
+    cards = [_answer(name, variant) for name, variant in data["variants"].items()] + [_loop(name, row) for name, row in data["rows"].items() if row["extra"]]
     return (tag("p", text), tag("p", reading, class_="note"), tag("div", cards, class_="cards"))
 
 
-def _answer(name: str, variant: Tree, data: Tree) -> Html:
+def _loop(name: str, row: Tree) -> Html:
+    """A row with a closed loop of its own."""
+    about = f"{row['about'][:1].upper()}{row['about'][1:]}{'.' if row['about'] else ''}"
+    told = tag("div", [tag("code", override) for override in row["overrides"]], class_="changes")
+    return tag("article", tag("h3", swatch(row["mode"], EXTRA[0]), name), tag("p", about), tag("p", f"The weights of {row['variant']} in mode {row['mode']}, in a closed loop with", class_="note"), told)
+
+
+def _answer(name: str, variant: Tree) -> Html:
     modes = variant["modes"]
     shown = modes[0] if len(modes) == 1 else None
     several = f"Driven in {len(modes)} modes: {', '.join(modes)}." if shown is None else None
