@@ -102,6 +102,7 @@ class Agreement(Watcher):
         self._rows = [_Row() for _ in seeds]
         self._made: dict[int, Tensor] = {}
         self._stride, self._folded = driver.policy.config.timeline.stride, driver.policy.codec.temporal_stride
+        self._first_inside = driver.policy.config.timeline.first_frame == "inside"
         self.sources: Counter[str] = Counter()
 
     def planned(self, session: Session, rows: Sequence[int], plan: Plan, sent: Floats, milliseconds: float) -> None:
@@ -109,10 +110,12 @@ class Agreement(Watcher):
             mine = self._rows[row]
             mine.asked += 1
             if plan.imagined is not None:
-                self._made[row] = plan.imagined[i].cpu()
+                imagined = plan.imagined[i].cpu()
             else:
                 seed = generator_seed(self._driver.noise_seed, int(self._seeds[row]), mine.asked)
-                self._made[row] = outcome(session, [i], sent[[i]], self._driver.solver, [seed])[0].cpu()
+                imagined = outcome(session, [i], sent[[i]], self._driver.solver, [seed])[0].cpu()
+            begins = self._first_inside and session.block == 0  # its first latent is the frame that was given
+            self._made[row] = imagined[:, 1:] if begins else imagined
             self.sources["plan" if plan.imagined is not None else "forward"] += 1
 
     def placed(self, row: int, at: int) -> None:
