@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wam.config import SamplingConfig
+from wam.inference.scores import agreement_scores
 from wam.inference.session import Session
 from wam.model.sampling import Held, Noise, Sample, Situation, conditional, sample
 from wam.model.shared import SharedCache
@@ -31,6 +32,7 @@ class Candidates:
     Attributes:
         at: the situation of all B N of them.
         outcome_noise: where imagining starts, of each row; drawn on `open`, after the noise of the candidates.
+        held: what of the block is given, of each row.
     """
 
     session: Session
@@ -38,6 +40,7 @@ class Candidates:
     at: Situation
     noise: Noise
     outcome_noise: Tensor
+    held: Held
 
     @staticmethod
     def open(session: Session, count: int, held: Held) -> Candidates:
@@ -46,19 +49,28 @@ class Candidates:
         Args:
             held: what of the block is given, of each row, e.g. a committed prefix.
         """
-        alone = session._situation(None)
-        many = replace(
-            alone,
-            cache=SharedCache(alone.cache, count),
-            blocks=[block for block in alone.blocks for _ in range(count)],
-            conditions=alone.conditions.copied(count),
-            embodiment_B=alone.embodiment_B.repeat_interleave(count),
-            state_BnS=None if alone.state_BnS is None else alone.state_BnS.repeat_interleave(count, 0),
-            held=Held(*(None if x is None else (x[0].repeat_interleave(count, 0), x[1].repeat_interleave(count, 0)) for x in (held.video, held.action))),
-        )
         draws = [session._noise() for _ in range(count)]
         noise = Noise(*(torch.stack([getattr(d, name) for d in draws], dim=1).flatten(0, 1) for name in ("action_BTA", "video_BCFHW")))
-        return Candidates(session, count, many, noise, session._noise().video_BCFHW)
+        many = _many(session, SharedCache(session.cache, count), held)
+        return Candidates(session, count, many, noise, session._noise().video_BCFHW, held)
+
+    def keep(self, actions_BNTA: Tensor, count: int) -> tuple[Candidates, Tensor]:
+        """The `count` of a row's candidates that are most unlike each other, and their actions (B, count, A, .).
+
+        The first is where they are densest; each further one is the farthest from those that are kept (farthest-point sampling), so near
+        copies of one another go first.  They read the past as it was read.
+        """
+        flat, order = actions_BNTA.flatten(2), [agreement_scores(actions_BNTA).argmax(dim=1)]
+        rows = torch.arange(len(flat), device=flat.device)
+        nearest = torch.full(flat.shape[:2], torch.inf, device=flat.device)
+        while len(order) < count:
+            nearest = torch.minimum(nearest, (flat - flat[rows, order[-1]].unsqueeze(1)).square().sum(dim=2))
+            order.append(nearest.argmax(dim=1))
+        chosen, cache = torch.stack(order, dim=1), self.at.cache
+        assert isinstance(cache, SharedCache)
+        noise = Noise(*(x.unflatten(0, (-1, self.count))[rows.unsqueeze(1), chosen].flatten(0, 1) for x in (self.noise.action_BTA, self.noise.video_BCFHW)))
+        few = replace(self, count=count, at=_many(self.session, cache.for_copies(count), self.held), noise=noise)
+        return few, actions_BNTA[rows.unsqueeze(1), chosen]
 
     @property
     def rows(self) -> int:
@@ -88,6 +100,20 @@ class Candidates:
         """Given actions (B, N, A, .) and where they are given (B, N, A); None: nothing is."""
         held = self.at.held.action
         return None if held is None else (held[0].unflatten(0, (-1, self.count)), held[1].unflatten(0, (-1, self.count)))
+
+
+def _many(session: Session, cache: SharedCache, held: Held) -> Situation:
+    """Where a session stands, for all candidates of its rows."""
+    alone, count = session._situation(None), cache.copies
+    return replace(
+        alone,
+        cache=cache,
+        blocks=[block for block in alone.blocks for _ in range(count)],
+        conditions=alone.conditions.copied(count),
+        embodiment_B=alone.embodiment_B.repeat_interleave(count),
+        state_BnS=None if alone.state_BnS is None else alone.state_BnS.repeat_interleave(count, 0),
+        held=Held(*(None if x is None else (x[0].repeat_interleave(count, 0), x[1].repeat_interleave(count, 0)) for x in (held.video, held.action))),
+    )
 
 
 def imagining(how: SamplingConfig, steps: int) -> SamplingConfig:

@@ -1,6 +1,6 @@
 """The planner: several plans are made, what follows from them is imagined where the score asks for it, and the best is taken.
 
-    best_of_n   N chunks of the policy ---------------- imagine ------------------------------------------- score -> best
+    best_of_n   N chunks of the policy - all, or the most unlike - imagine ------------------------------ score -> best
     cem         N chunks of the policy, or a Gaussian - imagine - score - elites -> new N around them -. -- score -> best
                                                            ^-----------------------------------------'   best of all rounds
 
@@ -36,7 +36,7 @@ class Search:
     """Everything a plan was chosen from.
 
     Attributes:
-        actions_BNTA: the candidates of the last round, normalised; with `cem`, elites of earlier rounds among them.
+        actions_BNTA: the candidates of the last round, normalised; with `cem`, elites of earlier rounds among them; with `imagined`, only those that were.
         scores_BN: of these, the higher the better.
         outcomes: (B, N, C, k, h, w), what follows from them, or what the mode imagined; None: neither was asked for.
         best_B: the chosen one of each row.
@@ -106,8 +106,11 @@ class Planner:
             with session._timed("candidates"):
                 drawn = candidates.draw(mode, sampling)
             assert drawn.action_BTA is not None
+            actions = drawn.action_BTA.unflatten(0, (-1, candidates.count))
             video = None if drawn.video_BCFHW is None else drawn.video_BCFHW.unflatten(0, (-1, candidates.count))
-            found = self._judge(candidates, drawn.action_BTA.unflatten(0, (-1, candidates.count)), how, video)
+            if self.imagines and self.config.imagined is not None:
+                candidates, actions = candidates.keep(actions, self.config.imagined)
+            found = self._judge(candidates, actions, how, video)
         for _ in range(self.config.iterations - 1 if self.config.kind == "cem" else 0):
             found = self._next_round(candidates, found, how)
         return found
@@ -196,4 +199,4 @@ def search_flops(config: PlannerConfig, imagines: bool, draw: float, outcome: fl
     """Of one robot's search, from those of one plan and of one imagined outcome; scores cost next to nothing."""
     rounds = config.iterations if config.kind == "cem" else 1
     draws = 0 if config.kind == "cem" and config.prior == "gaussian" else config.candidates
-    return draws * draw + (config.candidates * rounds * outcome if imagines else 0.0)
+    return draws * draw + ((config.imagined or config.candidates) * rounds * outcome if imagines else 0.0)

@@ -98,6 +98,12 @@ class SharedCache(KVCache):
         """R: candidates of all rows."""
         return self.base.batch * self.copies
 
+    def for_copies(self, copies: int) -> SharedCache:
+        """The same rows for another number of candidates, which own nothing yet; what was read of the past serves them too."""
+        out = SharedCache(self.base, copies)
+        out._reads = self._reads
+        return out
+
     def place(self, segments: list[Segment]) -> Tensor:
         """Note what each candidate will hold; there are no slots to find."""
         self.own[segments[0].kind] = _Own([s.block for s in segments], torch.stack([s.positions for s in segments]))
