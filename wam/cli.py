@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from wam import __version__
-from wam.commands import bench, compare, data, loop, model, results, run
+from wam.commands import baselines, bench, compare, data, loop, model, results, run
 from wam.commands.common import Command
 from wam.files import is_disk_full
 
@@ -84,7 +84,7 @@ def _serve_command() -> Command:
     return Command("serve", "serve plans to robots over websockets", SERVE, add_arguments, serve)
 
 
-COMMANDS = (*data.COMMANDS, *run.COMMANDS, *loop.COMMANDS, *compare.COMMANDS, _serve_command(), *model.COMMANDS, *results.COMMANDS, *bench.COMMANDS)
+COMMANDS = (*data.COMMANDS, *run.COMMANDS, *loop.COMMANDS, *baselines.COMMANDS, *compare.COMMANDS, _serve_command(), *model.COMMANDS, *results.COMMANDS, *bench.COMMANDS)
 
 
 # ------------------------------------------------------------------------------------------------ entry point

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from wam.evaluation.environments import Floats, Frames, Observation
 
@@ -101,6 +100,8 @@ def read_recordings(root: Path, env_name: str) -> Recordings:
 
 def _made(root: Path, episodes: int) -> list[tuple[str | None, int | None]]:
     """Of each episode, the environment and seed it was recorded with, where the episode table says so."""
+    import pandas as pd  # takes as long to import as everything else that a simulator's worker needs
+
     tables = [pd.read_parquet(path) for path in sorted((root / "meta/episodes").glob("*/*.parquet"))]
     if not tables or not {"seed", "environment"} <= set(tables[0].columns):
         return [(None, None)] * episodes
