@@ -113,7 +113,7 @@ def _question(data: Tree, output: Path) -> Child:
         "Such a world action model has to put that prediction somewhere, and every place costs something else: nothing at all, training time, or milliseconds before each movement. "
         "The same network answers in every way below; what differs is which tokens may attend to which, and what is predicted when."
     )
-    reading = "In a mask, rows attend to columns. H is the first frame, S the state, Vc and Ac what was seen and done, V and A the video and actions that are predicted; blue is video, orange is actions."
+    reading = "In a mask, rows attend to columns. H is the first frame, S the state, Vc and Ac what was seen and done, V and A the video and actions that are predicted; blue is video, orange is actions. Where no video is predicted, V stands for nothing, and nobody looks at it."
     cards = [_answer(name, variant) for name, variant in data["variants"].items()] + [_loop(name, row) for name, row in data["rows"].items() if row["extra"]]
     return (tag("p", text), tag("p", reading, class_="note"), tag("div", cards, class_="cards"))
 
