@@ -13,11 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wam.config import CheckConfig, Config, ConfigError, load_config
-from wam.config_check import CalibrateConfig
+from wam.config_check import CalibrateConfig, TrialConfig
 from wam.data.dataset import collate
 from wam.data.mixture import training_data
 from wam.evaluation.calibrate import calibrate, measured, table
+from wam.evaluation.environments import Event, Observation, StepResult
 from wam.evaluation.imagination import Clip
+from wam.evaluation.surprise_trial import _drive, summary, text
 from wam.inference.adapt import Adaptive, asks_for_motion
 from wam.inference.check import LEVELS, SURPRISE, Checker, Floors, Surprise, SurpriseScale, frame_error, imagined_floor, load_scale, observed_floor
 from wam.inference.compute import check_flops, plan_flops, remember_flops
@@ -197,7 +199,7 @@ def test_a_calibrated_checkpoint_keeps_its_scale_and_other_weights_refuse_it(tmp
 def test_what_cannot_be_compared_is_refused() -> None:
     policy, _, scale = _known()
     checker, x = Checker(policy, FORWARD, scale), torch.zeros(6, 2, 8, 8)
-    with pytest.raises(ValueError, match="do not fit; expected .* 1 to 2 observed"):
+    with pytest.raises(ValueError, match=r"do not fit; expected .* 1 to 2 observed"):
         checker.compare(x[:, :1], x, x[:, 0])
     with pytest.raises(ValueError, match="observed latents hold numbers that are not finite"):
         checker.compare(x, x * float("nan"), x[:, 0])
@@ -205,6 +207,40 @@ def test_what_cannot_be_compared_is_refused() -> None:
         Checker(policy, CheckConfig(), scale)
     with pytest.raises(ConfigError, match=r"check.stalled is 0"):
         CheckConfig(stalled=0)
+
+
+# ------------------------------------------------------------------------------------------------ told apart, in a simulator
+
+
+class _Replay:
+    """An environment that shows a clip, whatever the robot does; another clip from a control step on."""
+
+    instruction, action_low, action_high = "open the drawer", -np.ones(4, np.float32), np.ones(4, np.float32)
+
+    def __init__(self, clip: Clip, other: Clip | None = None, event: int = 24) -> None:
+        frames = clip.frames if other is None else np.concatenate([clip.frames[: 1 + event // 2], other.frames[1 + event // 2 :]])
+        self.clip, self.frames, self.event, self.step = clip, frames, event if other is not None else -1, 0
+
+    def reset(self, seed: int) -> Observation:
+        return Observation(self.frames[:1], self.clip.state)
+
+    def run(self, actions: np.ndarray, frame_stride: int) -> StepResult:
+        first, self.step = self.step, self.step + len(actions)
+        frames = self.frames[1 + first // frame_stride : 1 + self.step // frame_stride]
+        events = (Event("arm_pushed", self.event, 0.1, "m", 1),) if first <= self.event < self.step else ()
+        return StepResult(frames, np.repeat(self.clip.state[None], len(actions), 0), np.zeros(len(actions), np.float32), np.zeros(len(actions), np.bool_), self.step == 2 * STEPS, events)
+
+
+def test_a_trial_counts_latent_frames_from_the_event() -> None:
+    policy, (clip, other), scale = _known()
+    checker, config = Checker(policy, replace(FORWARD, source="plan"), scale), TrialConfig(mode="joint")
+    calm, disturbed = (_drive(policy, checker, _Replay(clip, swap), config, 5) for swap in (None, other))  # type: ignore[arg-type]
+    assert (calm["began"], disturbed["began"], disturbed["steps_per_frame"]) == (None, 24, 8) and len(calm["values"]) == 4
+    assert calm["values"][:3] == pytest.approx(disturbed["values"][:3]) and disturbed["values"][3] > 1.5 > max(calm["values"])
+    told = summary([{"kind": "none", **calm}, {"kind": "arm_pushed", **disturbed}])
+    first, *later = told["kinds"]["arm_pushed"]
+    assert first["auroc"] == 1 and first["frames"] == 1 and all(row == {"frames": 0} for row in later), "the episode ends with the frame of the event"
+    assert told["undisturbed"]["frames"] == 4 and "arm_pushed" in text(told)
 
 
 # ------------------------------------------------------------------------------------------------ adaptive imagination

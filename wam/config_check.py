@@ -43,3 +43,21 @@ class CalibrateConfig:
             _require(getattr(self, name) is None or getattr(self, name) >= 1, f"calibrate.{name} is {getattr(self, name)}", "it must be at least 1")
         _require(all(n >= 1 for n in self.forward_steps), f"calibrate.forward_steps are {list(self.forward_steps)}", "each must be at least 1")
         _require(self.seed >= 0, f"calibrate.seed is {self.seed}", "it must be at least 0")
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """`wam surprise`: what a check makes of undisturbed and of disturbed episodes, all else the same."""
+
+    env: str = "metaworld/drawer-open-v3"
+    kinds: tuple[str, ...] = ("arm_pushed", "object_moved", "frames_dropped", "occlusion")  # disturbances, each in episodes of its own
+    episodes: int = 10  # undisturbed, and of each kind
+    seed: int = 12000  # of the first, in the validation range
+    mode: str = "skip"
+    strength: float = 1.0  # of disturbances
+    max_steps: int = 160  # control steps an episode
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "max_steps"):
+            _require(getattr(self, name) >= 1, f"surprise.{name} is {getattr(self, name)}", "it must be at least 1")
+        _require(len(self.kinds) > 0, "surprise.kinds is empty", "name at least one disturbance, e.g. arm_pushed")

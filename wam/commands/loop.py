@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from wam.commands.common import Command, add_checkpoint, add_overrides, flag_overrides, section
-from wam.config_check import CalibrateConfig
+from wam.commands.common import Command, add_checkpoint, add_output, add_overrides, beside, flag_overrides, names, section
+from wam.config_check import CalibrateConfig, CheckConfig, TrialConfig
 
 CALIBRATE = """\
 Measure how wrong a checkpoint's imagination usually is on held-out episodes. The closed loop's check compares what
@@ -39,4 +39,47 @@ def _calibrate(args: argparse.Namespace) -> None:
     print(f"wrote {args.checkpoint / SURPRISE}")
 
 
-COMMANDS = (Command("calibrate", "measure the errors that surprise is counted in", CALIBRATE, _calibrate_arguments, _calibrate),)
+SURPRISE = f"""\
+Try the check in a simulator: episodes without and with disturbances, and how well surprise tells them apart (AUROC by
+latent frame since something happened, and shares above thresholds). Nothing is replanned. Calibrate first.
+
+examples:
+  wam surprise --checkpoint runs/demo/train/checkpoint
+  wam surprise --checkpoint runs/demo/train/checkpoint --kinds arm_pushed,occlusion --episodes 20
+  wam surprise --checkpoint runs/demo/train/checkpoint --source plan --mode joint surprise.strength=0.5
+
+writes (beside the checkpoint in surprise/, or --output):
+  every episode's surprises, and a figure
+
+defaults: env {TrialConfig().env}, mode {TrialConfig().mode}, {TrialConfig().episodes} episodes of each kind: {",".join(TrialConfig().kinds)}
+"""
+
+
+def _surprise_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument("--env", metavar="NAME", help="environment (surprise.env)")
+    parser.add_argument("--mode", metavar="NAME", help="how the policy acts (surprise.mode)")
+    parser.add_argument("--kinds", metavar="A,B", type=names, help="disturbances (surprise.kinds)")
+    parser.add_argument("--episodes", metavar="N", type=int, help="episodes of each kind, and without any (surprise.episodes)")
+    parser.add_argument("--source", choices=("forward", "plan"), default="forward", help="what is compared (default: forward, imagined from the plan's actions)")
+    parser.add_argument("--steps", metavar="N", type=int, default=1, help="solver steps of forward (default: 1)")
+    add_output(parser, "where results go (default: beside the checkpoint)")
+    add_overrides(parser, "surprise.key=value", "change a setting, e.g. surprise.strength=0.5")
+
+
+def _surprise(args: argparse.Namespace) -> None:
+    flags = {"surprise.env": args.env, "surprise.mode": args.mode, "surprise.kinds": args.kinds, "surprise.episodes": args.episodes}
+    config = section(TrialConfig, "surprise", [*args.overrides, *flag_overrides(flags)])
+    check = CheckConfig(source=args.source, steps=args.steps)
+    output = args.output or beside(args.checkpoint, "surprise")
+
+    from wam.evaluation.surprise_trial import text, trial
+
+    print(text(trial(args.checkpoint, config, check, output)))
+    print(f"wrote {output}")
+
+
+COMMANDS = (
+    Command("calibrate", "measure the errors that surprise is counted in", CALIBRATE, _calibrate_arguments, _calibrate),
+    Command("surprise", "try the check on disturbed episodes", SURPRISE, _surprise_arguments, _surprise),
+)
