@@ -1,6 +1,6 @@
 """LeRobot's policies (ACT, diffusion, ...) through the same episodes as ours, from an interpreter that has LeRobot.
 
-    this process                                   PYTHON lerobot_policy_side.py FOLDER
+    this process                                   PYTHON outside/lerobot_policy.py FOLDER
     VectorEnv: frames, states    -- a pipe -->     preprocessor, select_action, postprocessor
     clip to the box, run         <-- actions --
 
@@ -28,7 +28,7 @@ from wam.evaluation.baselines import Outcome, baseline_row
 from wam.evaluation.environments import Floats
 from wam.evaluation.vector import VectorEnv
 
-SIDE = Path(__file__).with_name("lerobot_policy_side.py")
+SIDE = Path(__file__).parent / "outside" / "lerobot_policy.py"
 IMAGE, STATE = "observation.image", "observation.state"
 KINDS = ("act", "diffusion")
 REMEDY = "give the python of an environment that has it, with --lerobot-python (pip install lerobot==0.4.4 there)"

@@ -1,6 +1,6 @@
 """LeRobot's side of a comparison: one of its policies, asked for actions from the interpreter that has LeRobot.
 
-A script that needs lerobot and numpy and nothing of this project, started as `PYTHON lerobot_policy_side.py FOLDER DEVICE`.  It says in a
+A script that needs lerobot and numpy and nothing of this project, started as `PYTHON lerobot_policy.py FOLDER DEVICE`.  It says in a
 line of JSON what the policy takes; then, to every request on its standard input (a line of JSON and the bytes of the arrays that it
 announces), it answers with a line and the bytes of an array of actions.
 
