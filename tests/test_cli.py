@@ -14,13 +14,13 @@ import pytest
 
 from wam.cli import COMMANDS, main, parse, run_main
 from wam.config import Config, ConfigError, ImagineConfig, RolloutConfig, load_config
-from wam.config_check import CalibrateConfig
+from wam.config_check import CalibrateConfig, TrialConfig
 from wam.evaluation.compare.settings import CompareConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [command.name for command in COMMANDS]
 Calls = list[tuple[Any, ...]]
-OWN_SECTIONS: dict[str, type[Any]] = {"calibrate": CalibrateConfig, "compare": CompareConfig}  # of commands whose settings are no part of a run's
+OWN_SECTIONS: dict[str, type[Any]] = {"calibrate": CalibrateConfig, "compare": CompareConfig, "surprise": TrialConfig}  # of commands whose settings are no part of a run's
 
 
 @pytest.fixture

@@ -66,7 +66,8 @@ def _drive(policy: Policy, checker: Checker, env: Environment, config: TrialConf
     t, how = policy.config.timeline, policy.config.sampling
     first = env.reset(seed)
     session = Session(policy, [first.instruction or env.instruction], policy.config.data.embodiment, [seed])
-    latents, values, began, step = session.observe(first.frames[None], first.state[None]), [], [e.step for e in first.events], 0
+    latents, began, step = session.observe(first.frames[None], first.state[None]), [e.step for e in first.events], 0
+    values: list[float] = []
     while True:
         plan = session.plan(config.mode)
         assert plan.actions is not None, f"mode {config.mode} plans no actions"
