@@ -100,16 +100,24 @@ def test_what_is_executed_meanwhile_weighs_most_and_is_returned(preset: str) -> 
     assert plain.shape == frozen.shape and np.array_equal(frozen[:, :4], wished[:, :4])
     assert np.abs(frozen[:, 4] - wished[:, 4]).mean() < np.abs(plain[:, 4] - wished[:, 4]).mean()
     sessions = [_robots(policy, [row])[0] for row in (0, 1)]
-    guided = Think(mode, policy.config.sampling, plan_with=_with_guidance)
-    plans = run(sessions, [[replace(guided, committed=wished[r : r + 1, :4], promised=wished[r : r + 1])] for r in (0, 1)])
+    guide = _Guide()
+    plans = run(sessions, [[Think(mode, policy.config.sampling, wished[r : r + 1, :4], wished[r : r + 1], plan_with=guide.plan)] for r in (0, 1)])
+    assert guide.rows == [2]
     for row, plan in enumerate(plans):
         assert plan is not None and plan.actions is not None
         np.testing.assert_allclose(plan.actions[0], frozen[row], rtol=1e-3, atol=2e-4)
 
 
-def _with_guidance(session: Session, mode: str, sampling: SamplingConfig, committed: np.ndarray | None, promised: np.ndarray | None) -> Plan:
-    assert promised is not None
-    return plan_guided(session, mode, sampling, committed, promised, 5.0)
+class _Guide:
+    """Plans in place of a session, and notes for how many robots at once."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def plan(self, session: Session, mode: str, sampling: SamplingConfig, committed: np.ndarray | None, promised: np.ndarray | None) -> Plan:
+        assert promised is not None
+        self.rows.append(session.batch)
+        return plan_guided(session, mode, sampling, committed, promised, 5.0)
 
 
 def test_the_gradient_may_be_left_out() -> None:

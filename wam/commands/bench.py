@@ -13,6 +13,7 @@ Measure how fast the network is: training and cached steps side by side with dif
 modes and chunks against each other, what a session computes only once; and for the released sizes (on a GPU) every
 stage of a chunk and of training against the machine's own matmul rate. Both sides run in turns, call by call.
 And how fast data is read (`data`): this reader, raw decord and LeRobot's own over the same windows of the same files.
+What a closed loop spends its time on (`loop`): stages of a plan, plans of several robots, episodes side by side and one by one.
 And training (`train`): steps of a config by phase, on one process and on several, and the memory of every ZeRO stage against arithmetic.
 
 examples:
@@ -22,6 +23,7 @@ examples:
   wam bench model --markdown --json cpu.json                     tables as docs/benchmarks.md has them
   wam bench data --lerobot-python lerobot/bin/python             readers, on datasets made for it
   wam bench data --data data/metaworld_sample --workers 0,4      on one that is there
+  wam bench loop --checkpoint runs/demo/train/checkpoint         in the simulator that it was trained for
   wam bench train data.root=data/metaworld_sample                where a step's time goes, and what each process holds, engine by engine
   wam bench train --engines ddp,zero3 --processes 4 training.batch_size=16
 
@@ -31,7 +33,7 @@ writes: nothing, or every number as JSON (--json)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="WHAT", choices=("model", "data", "train"), help="model, data or train")
+    parser.add_argument("what", metavar="WHAT", choices=("model", "data", "loop", "train"), help="model, data, loop or train")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--sizes", metavar="A,B", help="model: widths, and 1.3b, 5b, 14b, tiny (default: 256,512,1024 on a CPU, 1.3b,5b,14b on a GPU); data: 64x64, 180x320")
     parser.add_argument("--dtype", metavar="NAME", help="float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
@@ -47,6 +49,11 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--lerobot-python", metavar="PATH", type=Path, help="python of another environment that has lerobot 0.4, to measure it too")
     data.add_argument("--workers", metavar="A,B", type=names, default=["0", "2"], help="loader processes (default: 0,2)")
     data.add_argument("--batch", metavar="N", type=positive, default=8, help="windows in a batch (default: 8)")
+    loop = parser.add_argument_group("of loop")
+    loop.add_argument("--checkpoint", metavar="DIR", type=Path, help="the policy that is driven")
+    loop.add_argument("--env", metavar="NAME", default="metaworld/drawer-open-v3", help="where (default: metaworld/drawer-open-v3)")
+    loop.add_argument("--modes", metavar="A,B", type=names, help="modes whose stages are measured; the first is driven (default: those of the checkpoint)")
+    loop.add_argument("--robots", metavar="N", type=positive, default=16, help="side by side (default: 16)")
     train = parser.add_argument_group("of train")
     train.add_argument("--config", metavar="FILE", default="configs/metaworld_tiny.yaml", help="what is trained (default: configs/metaworld_tiny.yaml)")
     train.add_argument("--engines", metavar="A,B", type=names, help="single, ddp, zero1, zero2, zero3, fsdp2 (default: all)")
@@ -79,6 +86,19 @@ def _bench_train(args: argparse.Namespace) -> None:
     bench_train(TrainOptions(load_config(args.config, args.overrides), tuple(args.engines or ENGINES), steps=steps, **chosen, command=" ".join(["wam bench train", *words, *(["--quick"] if args.quick else []), *args.overrides])))
 
 
+def _bench_loop(args: argparse.Namespace) -> None:
+    from wam.evaluation.bench.loop import LoopOptions, bench_loop
+
+    if args.checkpoint is None:
+        raise ValueError("wam bench loop drives a trained policy; name its folder, e.g. --checkpoint runs/demo/train/checkpoint")
+    chosen = {name: getattr(args, name) for name in ("checkpoint", "env", "device", "robots", "threads", "quick", "check", "json", "markdown")}
+    given = {name: getattr(args, name) for name in ("checkpoint", "env", "modes", "device", "robots", "threads", "repeats")}
+    words = [w for flag, value in given.items() if value != args.parser.get_default(flag) for w in (f"--{flag}", ",".join(value) if isinstance(value, list) else str(value))]
+    repeats = {} if args.repeats == args.parser.get_default("repeats") else {"repeats": args.repeats}
+    command = " ".join(["wam bench loop", *words, *(["--quick"] if args.quick else [])])
+    bench_loop(LoopOptions(**chosen, **repeats, modes=tuple(args.modes or ()), command=command))
+
+
 def _bench(args: argparse.Namespace) -> None:
     if args.what == "train":
         return _bench_train(args)
@@ -86,6 +106,8 @@ def _bench(args: argparse.Namespace) -> None:
         raise ValueError(f"wam bench {args.what} reads no config, so {' '.join(args.overrides)} changes nothing; leave it out, or use wam bench train")
     if args.what == "data":
         return _bench_data(args)
+    if args.what == "loop":
+        return _bench_loop(args)
 
     from wam.evaluation.bench.run import Options, bench_model
 

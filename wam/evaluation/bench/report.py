@@ -95,7 +95,7 @@ class Report:
         """Where and how, in a line or two."""
         f, machine = self.facts, self.facts["machine"]
         versions = ", ".join(f"{name} {version}" for name, version in f["versions"].items())
-        clock = "wall time" if machine["device"] == "cuda" else f"process time, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+        clock = f["clock"] if "clock" in f else "wall time" if machine["device"] == "cuda" else f"process time, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
         return f"`{f['command']}`, {f['date']}: {machine['name']}, {f['dtype']}; milliseconds of {clock}, medians of {f['repeats']} (minima in brackets); {versions}."
 
 
@@ -146,11 +146,16 @@ def _stage(row: Stage) -> tuple[str, ...]:
         return (row.name, row.setting, "-", "-", "-", "-", row.note)
     share = "-" if row.share is None or row.name == "matmul" else f"{100 * row.share:.0f}%"
     note = row.note or (f"{row.rate / 1e12:.3g} TFLOP/s" if row.name == "matmul" else "")
-    return (row.name, row.setting, f"{row.ms.median:.3g}", f"{row.ms.minimum:.3g}", f"{row.flops / 1e12:.3g}", share, note)
+    return (row.name, row.setting, _number(row.ms.median), _number(row.ms.minimum), f"{row.flops / 1e12:.3g}" if row.flops else "-", share, note)
 
 
 def _ms(times: Times) -> str:
-    return f"{times.median:.3g} ({times.minimum:.3g})"
+    return f"{_number(times.median)} ({_number(times.minimum)})"
+
+
+def _number(value: float) -> str:
+    """Three digits, or whole ones."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _holds(holds: bool) -> str:
