@@ -14,6 +14,7 @@ modes and chunks against each other, what a session computes only once; and for 
 stage of a chunk and of training against the machine's own matmul rate. Both sides run in turns, call by call.
 And how fast data is read (`data`): this reader, raw decord and LeRobot's own over the same windows of the same files.
 What a closed loop spends its time on (`loop`): stages of a plan, plans of several robots, episodes side by side and one by one.
+What several candidates cost beside one (`planner`), drawn and imagined on one memory.
 And training (`train`): steps of a config by phase, on one process and on several, and the memory of every ZeRO stage against arithmetic.
 
 examples:
@@ -24,6 +25,7 @@ examples:
   wam bench data --lerobot-python lerobot/bin/python             readers, on datasets made for it
   wam bench data --data data/metaworld_sample --workers 0,4      on one that is there
   wam bench loop --checkpoint runs/demo/train/checkpoint         in the simulator that it was trained for
+  wam bench planner --checkpoint runs/demo/train/checkpoint      eight candidates against one, on it and at widths 256, 512 and 1024
   wam bench train data.root=data/metaworld_sample                where a step's time goes, and what each process holds, engine by engine
   wam bench train --engines ddp,zero3 --processes 4 training.batch_size=16
 
@@ -33,9 +35,9 @@ writes: nothing, or every number as JSON (--json)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="WHAT", choices=("model", "data", "loop", "train"), help="model, data, loop or train")
+    parser.add_argument("what", metavar="WHAT", choices=("model", "data", "loop", "planner", "train"), help="model, data, loop, planner or train")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--sizes", metavar="A,B", help="model: widths, and 1.3b, 5b, 14b, tiny (default: 256,512,1024 on a CPU, 1.3b,5b,14b on a GPU); data: 64x64, 180x320")
+    parser.add_argument("--sizes", metavar="A,B", help="model, planner: widths, and of model 1.3b, 5b, 14b, tiny (default: 256,512,1024 on a CPU, 1.3b,5b,14b on a GPU); data: 64x64, 180x320")
     parser.add_argument("--dtype", metavar="NAME", help="float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="of a CPU (default: 1)")
     parser.add_argument("--repeats", metavar="N", type=int, default=9, help="rounds of both sides (default: 9)")
@@ -50,7 +52,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--workers", metavar="A,B", type=names, default=["0", "2"], help="loader processes (default: 0,2)")
     data.add_argument("--batch", metavar="N", type=positive, default=8, help="windows in a batch (default: 8)")
     loop = parser.add_argument_group("of loop")
-    loop.add_argument("--checkpoint", metavar="DIR", type=Path, help="the policy that is driven")
+    loop.add_argument("--checkpoint", metavar="DIR", type=Path, help="the policy that is driven; of planner, one that is measured too")
     loop.add_argument("--env", metavar="NAME", default="metaworld/drawer-open-v3", help="where (default: metaworld/drawer-open-v3)")
     loop.add_argument("--modes", metavar="A,B", type=names, help="modes whose stages are measured; the first is driven (default: those of the checkpoint)")
     loop.add_argument("--robots", metavar="N", type=positive, default=16, help="side by side (default: 16)")
@@ -99,6 +101,15 @@ def _bench_loop(args: argparse.Namespace) -> None:
     bench_loop(LoopOptions(**chosen, **repeats, modes=tuple(args.modes or ()), command=command))
 
 
+def _bench_planner(args: argparse.Namespace) -> None:
+    from wam.evaluation.bench.planner import PlannerOptions, bench_planner
+
+    chosen = {name: getattr(args, name) for name in ("checkpoint", "threads", "repeats", "quick", "check", "json", "markdown")}
+    words = [w for flag in ("checkpoint", "sizes", "threads", "repeats") if (value := getattr(args, flag)) != args.parser.get_default(flag) for w in (f"--{flag}", str(value))]
+    sizes = tuple(size for size in (args.sizes or "").split(",") if size)
+    bench_planner(PlannerOptions(**chosen, sizes=sizes, command=" ".join(["wam bench planner", *words, *(["--quick"] if args.quick else [])])))
+
+
 def _bench(args: argparse.Namespace) -> None:
     if args.what == "train":
         return _bench_train(args)
@@ -108,6 +119,8 @@ def _bench(args: argparse.Namespace) -> None:
         return _bench_data(args)
     if args.what == "loop":
         return _bench_loop(args)
+    if args.what == "planner":
+        return _bench_planner(args)
 
     from wam.evaluation.bench.run import Options, bench_model
 
