@@ -15,7 +15,7 @@ import pytest
 from wam.evaluation.baseline_runs import BaselineRun, run, table
 from wam.evaluation.baselines import Outcome, available, baseline_row, play, run_baselines, still
 from wam.evaluation.environments import Observation
-from wam.evaluation.lerobot_policies import LeRobotPolicy, run_lerobot, train_lerobot
+from wam.evaluation.lerobot_policies import LeRobotPolicy, train_lerobot
 from wam.evaluation.replay import Recordings, read_recordings
 
 NAME = "python/flaky_env:Flaky"
@@ -84,7 +84,7 @@ def test_replay_sends_what_was_recorded_and_then_holds() -> None:
 # ------------------------------------------------------------------------------------------------ LeRobot
 
 FAKE = '''
-import json, types, torch
+import json, types
 class Config:
     type, device, pretrained_backbone_weights = "act", "cuda", "IMAGENET"
     input_features = {"observation.images.front": types.SimpleNamespace(shape=(3, 4, 4)), "observation.state": types.SimpleNamespace(shape=(2,))}
@@ -104,6 +104,7 @@ class Policy:
     def eval(self): pass
     def reset(self): Policy.resets += 1; self.calls = 0
     def select_action(self, batch):
+        import torch
         image, state = batch["observation.images.front"], batch["observation.state"]
         assert image.shape[1:] == (3, 4, 4) and image.dtype == torch.float32 and image.max() <= 1 and batch["task"] == ["count"] * len(state)
         assert torch.allclose(image[:, 0, 0, 0] * 255, state[:, 1]) and Policy.resets == 1, "picture and state are of one moment"
@@ -143,18 +144,6 @@ def lerobot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "policy"
 
 
-def test_a_lerobot_policy_drives_the_same_episodes(lerobot: Path) -> None:
-    rows = run_lerobot(NAME, lerobot, 4, 11, Path(sys.executable), workers=2, max_steps=6)
-    assert list(rows) == ["act"] and rows["act"]["versions"]["lerobot"] == "0.4.4"
-    assert [(e["seed"], e["success"], e["length"], bool(e["crashed"])) for e in rows["act"]["episode_results"]] == [
-        (11, False, 6, False),
-        (12, True, 6, False),
-        (13, False, 0, True),
-        (14, True, 6, False),
-    ]
-    assert (rows["act"]["successes"], rows["act"]["episodes"], rows["act"]["crashed"]) == (2, 3, 1)
-
-
 def test_what_lerobot_cannot_do_is_told(lerobot: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no LeRobot policy"):
         LeRobotPolicy(Path(sys.executable), tmp_path)
@@ -170,14 +159,22 @@ def test_what_lerobot_cannot_do_is_told(lerobot: Path, tmp_path: Path) -> None:
 
 
 def test_a_command_trains_drives_and_goes_on(lerobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = BaselineRun(NAME, 2, 11, 6, names=("hold_still",), train=("act",), dataset=SAMPLE, train_steps=7, lerobot_python=Path(sys.executable), train_options=("--policy.chunk_size=8",))
+    config = BaselineRun(NAME, 4, 11, 6, names=("hold_still",), train=("act",), dataset=SAMPLE, train_steps=7, lerobot_python=Path(sys.executable), train_options=("--policy.chunk_size=8",))
     out = tmp_path / "out"
     results = run(config, out)
-    assert list(results["baselines"]) == ["hold_still", "act"] and results == json.loads((out / "baselines.json").read_text())
+    rows = results["baselines"]
+    assert list(rows) == ["hold_still", "act"] and results == json.loads((out / "baselines.json").read_text())
     told = json.loads((out / "lerobot_act/checkpoints/last/pretrained_model/train_config.json").read_text())["told"]
-    assert told["dataset.root"] == str(SAMPLE) and told["policy.chunk_size"] == "8" and results["baselines"]["act"]["training"]["steps"] == 7
-    assert "hold_still" in table(results) and "1/2" in table(results)
+    assert told["dataset.root"] == str(SAMPLE) and told["policy.chunk_size"] == "8" and rows["act"]["training"]["steps"] == 7
+    assert [(e["seed"], e["success"], e["length"], bool(e["crashed"])) for e in rows["act"]["episode_results"]] == [
+        (11, False, 6, False),
+        (12, True, 6, False),
+        (13, False, 0, True),
+        (14, True, 6, False),
+    ], "the same episodes; what the policy sends is clipped to the box"
+    assert (rows["act"]["successes"], rows["act"]["episodes"], rows["act"]["crashed"]) == (2, 3, 1) and rows["act"]["versions"]["lerobot"] == "0.4.4"
+    assert "hold_still" in table(results) and "2/3" in table(results) and "1 crashed" in table(results)
     monkeypatch.setattr("wam.evaluation.baseline_runs.run_baselines", None)  # nothing is driven again
     assert run(config, out)["baselines"] == results["baselines"]
     with pytest.raises(ValueError, match=r"holds other episodes .*seed 11, now 12"):
-        run(BaselineRun(NAME, 2, 12, 6), out)
+        run(BaselineRun(NAME, 4, 12, 6), out)

@@ -26,11 +26,9 @@ import numpy as np
 def load(folder: Path, device: str) -> tuple[Any, Any, Any, Any]:
     """Config, policy, preprocessor and postprocessor of a folder that LeRobot's training wrote."""
     os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
-    import torch
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
-    torch.set_num_threads(1)
     config = PreTrainedConfig.from_pretrained(str(folder))
     config.device = device
     if hasattr(config, "pretrained_backbone_weights"):
@@ -38,6 +36,10 @@ def load(folder: Path, device: str) -> tuple[Any, Any, Any, Any]:
     policy = get_policy_class(config.type).from_pretrained(str(folder), config=config)
     before, after = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device}})
     policy.eval()
+
+    import torch
+
+    torch.set_num_threads(1)  # beside simulators
     return config, policy, before, after
 
 
