@@ -320,13 +320,12 @@ class WindowDataset(Dataset[Sample]):
         return self.data.imitate == "successes" and not math.isfinite(self.outcomes[episode])
 
     def _fresh_every(self) -> int:
-        """Rows between two frames that were really seen: a recording of a robot that is looked at less often than it acts holds them in between.
+        """Rows between two frames that were really seen, at which windows begin.
 
         Raises:
             DatasetError: windows would be made of frames that were not.
         """
-        every = int(((self.lerobot.info.get("wam") or {}).get("recording") or {}).get("frame_every", 1))
-        rows = self.timeline.stride * self.pace
+        every, rows = self.lerobot.frame_every, self.timeline.stride * self.pace
         if rows % every:
             raise DatasetError(f"{self.data.root} was recorded with a frame every {every} rows, but timeline.frame_stride {self.timeline.stride} asks for one every {rows:g}; use a multiple of {every}")
         return every

@@ -101,6 +101,11 @@ class LeRobotDataset:
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
         raise DatasetError(f"{self.root} has no feature {key!r}; {hint}")
 
+    @property
+    def frame_every(self) -> int:
+        """Rows between two frames that were really seen, as a recording of a robot that acts more often than it looks says (`wam.data.recording`): in between, the last one is held."""
+        return int(((self.info.get("wam") or {}).get("recording") or {}).get("frame_every", 1))
+
     def camera(self, key: str) -> Feature:
         """A feature that is a video.
 

@@ -192,7 +192,9 @@ def _clip(dataset: LeRobotDataset, decoder: VideoDecoder, camera: str, index: in
         shape = (frames.shape[1], frames.shape[2])
         grey[numbers] = resize_frames(frames, (GREY, GREY)).mean(-1)
         stills |= {row: _thumbnail(frames[row - at]) for row in shown & set(numbers.tolist())}
-    energy = np.abs(np.diff(grey, axis=0)).mean((1, 2))
+    energy, every = np.abs(np.diff(grey, axis=0)).mean((1, 2)), dataset.frame_every
+    if every > 1:  # a held frame does not move, the next one moves for both
+        energy = np.convolve(energy, np.full(every, 1 / every, energy.dtype), "same")[: length - 1]
     return Clip(index, shape, np.stack([stills[row] for row in (0, length // 2, length - 1)]), grey.mean(0), energy)
 
 

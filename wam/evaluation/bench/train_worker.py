@@ -71,7 +71,7 @@ class Step:
         drawn = self.objective.draw(batch, Draws.at(t.seed, self.number, range(engine.rank * each, (engine.rank + 1) * each)))
         denominator = engine.sum(torch.stack([part.denominator(t.reduction).double() for part in drawn.counts()])).clamp_min(1).float().to(engine.device)
         losses = self.objective.assemble(drawn, engine.forward(batch, drawn))
-        share = torch.stack([losses.video_part.total(t.reduction), losses.action_part.total(t.reduction)]) / denominator
+        share = torch.stack([part.total(t.reduction) for part in losses.parts]) / denominator
         times["forward"] = clock.lap()
         engine.backward(share.sum())
         times["backward"] = clock.lap()
