@@ -124,7 +124,7 @@ class Driver:
         """Drive one episode per seed, side by side, until all are over.
 
         Args:
-            goals: goal images (H, W, 3) by seed, for policies that take them.
+            goals: pictures of the solved task (H, W, 3) by seed; what they are used for, `planner.goal` and `planner.score` say.
 
         Raises:
             ValueError: a plan that is not finite; names the mode, the control step and the seeds.
@@ -187,7 +187,10 @@ class _Wave:
             rest = None if first.rest is None else first.rest[row]
             instruction = first.instructions[row] if first.instructions else env.instruction
             late = extra_delay(driver.disturbances, seed, env.control_hz, env.max_steps)
-            robot = self.executor.begin(instruction, generator_seed(driver.noise_seed, seed), first.frames[row, 0], first.states[row], env.hold, rest, goals.get(seed), late)
+            planner, picture = driver.planner, goals.get(seed)
+            goal, target = (picture if wanted else None for wanted in (planner.goal != "language", planner.kind != "none" and planner.score == "goal"))
+            told = "" if planner.goal == "image" else instruction
+            robot = self.executor.begin(told, generator_seed(driver.noise_seed, seed), first.frames[row, 0], first.states[row], env.hold, rest, goal, target, late)
             self.running[row] = robot
             self._row_of[id(robot)] = row
             for watcher in watchers:

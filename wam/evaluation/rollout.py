@@ -9,6 +9,7 @@ with this run's.  Latency is measured apart, one robot at a time, because that i
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +29,16 @@ from wam.evaluation.environments import Floats, Frames, StepResult
 from wam.evaluation.episodes import Driver, Episode, Watcher, in_waves
 from wam.evaluation.film import Film
 from wam.evaluation.fit import camera_settings, disagreement
+from wam.evaluation.goals import GoalImages
 from wam.evaluation.record import Record, open_recording
 from wam.evaluation.recovery import recovery
 from wam.evaluation.results import RESULTS, identity, is_complete, now, open_results, summarize
 from wam.evaluation.seeds import SPLITS, TEST
-from wam.evaluation.seen import seen_through
+from wam.evaluation.seen import look, seen_through
 from wam.evaluation.statistics import percentile
 from wam.evaluation.vector import VectorEnv
 from wam.files import write_json_atomic
+from wam.inference.budget import choose
 from wam.inference.check import SurpriseScale, load_scale
 from wam.inference.executor import Loop, check_times
 from wam.inference.gate import GateConfig, read_gate
@@ -71,17 +74,19 @@ def rollout(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, 
     policy = from_pretrained(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     check_settings(policy, config)
     path = Path(output) / RESULTS
+    config, choice = within_budget(policy, config, path)
     results = open_results(path, identity(Path(checkpoint), policy, config, replan_of(policy, config)))
     todo = [mode for mode in config.modes if not is_complete(results["modes"].get(mode), config)]
     if not todo:
         log.info("%s already holds these episodes, with the same weights and settings; nothing to do", path)
         return results
-    results["finished"] = None
+    results |= {"finished": None} | ({} if choice is None else {"budget": choice})
     try:
         with _open_environment(policy, config) as env:
             check_environment(policy, env)
             recording = None if config.record is None else open_recording(Path(config.record), policy, env)
-            run = _Run(policy, config, env, load_scale(Path(checkpoint)) if config.check.source != "none" else None, recording, results, path)
+            scale = load_scale(Path(checkpoint)) if config.check.source != "none" else None
+            run = _Run(policy, config, env, scale, recording, _goal_images(policy, config), results, path)
             for mode in todo:
                 _drive_mode(run, mode)
             if recording is not None:
@@ -94,6 +99,23 @@ def rollout(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, 
     return results
 
 
+def within_budget(policy: Policy, config: RolloutConfig, path: Path) -> tuple[RolloutConfig, dict[str, Any] | None]:
+    """The settings with the mode and solver steps that a latency budget leaves, and what was chosen; an interrupted run keeps its choice.
+
+    Raises:
+        ValueError: as `wam.inference.budget.choose`.
+    """
+    budget = config.execution.budget_ms
+    if budget is None:
+        return config, None
+    choice = json.loads(path.read_text()).get("budget") if path.is_file() else None
+    if choice is None or choice["budget_ms"] != budget or choice["modes"] != list(config.modes):
+        found = choose(policy, config.modes, budget, policy.config.sampling.with_steps(config.steps))
+        choice = {"budget_ms": budget, "modes": list(config.modes), "mode": found.mode, "steps": found.steps, "told": found.told}
+    log.info("%s", choice["told"])
+    return replace(config, modes=(choice["mode"],), steps=choice["steps"]), choice
+
+
 @dataclass(frozen=True)
 class _Run:
     """What the modes of one rollout share."""
@@ -103,6 +125,7 @@ class _Run:
     env: VectorEnv
     scale: SurpriseScale | None
     recording: Recording | None
+    goals: GoalImages | None
     results: dict[str, Any]
     path: Path
 
@@ -149,15 +172,25 @@ def _drive_wave(run: _Run, driver: Driver, wave: Sequence[int], done: Sequence[E
 
 
 def driver_of(policy: Policy, mode: str, config: RolloutConfig, scale: SurpriseScale | None = None) -> Driver:
-    """The driver that a rollout's settings ask for, with the mode and solver steps that its latency budget leaves."""
+    """The driver that a rollout's settings ask for."""
     sampling = policy.config.sampling.with_steps(config.steps)
     loop = {"execution": config.execution, "check": config.check, "planner": config.planner, "disturbances": config.disturbances}
     return Driver(policy, mode, sampling, replan_of(policy, config), config.seed, scale=scale, gate=_gate(policy, config), overlap=config.overlap, **loop)  # type: ignore[arg-type]
 
 
 def _goals(run: _Run, seeds: Sequence[int]) -> dict[int, Frames]:
-    """Goal images by seed, where they are asked for."""
-    return {}
+    """Pictures of the solved task by seed, as the policy would see them, where they are asked for."""
+    if run.goals is None:
+        return {}
+    canvas = Canvas.of(run.policy.config.data, run.policy.config.codec.image_size)
+    return {seed: look(canvas, picture) for seed, picture in zip(seeds, run.goals(seeds), strict=True)}
+
+
+def _goal_images(policy: Policy, config: RolloutConfig) -> GoalImages | None:
+    planner = config.planner
+    if planner.goal == "language" and (planner.kind == "none" or planner.score != "goal"):
+        return None
+    return GoalImages(config.env, max_steps=config.max_steps, **camera_settings(policy))
 
 
 def _gate(policy: Policy, config: RolloutConfig) -> GateConfig | None:
@@ -190,7 +223,7 @@ def dry_run(checkpoint: Path, config: RolloutConfig) -> str:
     with _open_environment(policy, config) as env:
         check_environment(policy, env)
         for mode in config.modes:
-            run = _Run(policy, config, env, None, None, {}, Path())
+            run = _Run(policy, config, env, None, None, _goal_images(policy, config), {}, Path())
             actions, plan, milliseconds = driver_of(policy, mode, config).first_plan(env, config.seed, _goals(run, [config.seed]))
             lines.append(f"{mode}, seed {config.seed}, {milliseconds:.0f} ms: {len(actions)} of {len(plan)} actions would pass the gate; nothing was sent")
             lines += [f"  {i:3d}  {np.array2string(action, precision=4, sign=' ', max_line_width=200)}" for i, action in enumerate(actions)]

@@ -35,6 +35,13 @@ def seen_through(canvas: Canvas, env: VectorEnv) -> VectorEnv:
     return env if canvas.crop == 1 and shown == 1 else cast(VectorEnv, _Seen(canvas, env))
 
 
+def look(canvas: Canvas, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """What a policy with this canvas sees of pictures: (..., h, V w, 3) of V cameras side by side, to (..., H, W, 3)."""
+    flat = frames.reshape(-1, *frames.shape[-3:])
+    seen = canvas.compose(np.split(flat, canvas.cameras, axis=2)) if len(flat) else np.zeros((0, *canvas.size, 3), np.uint8)
+    return seen.reshape(*frames.shape[:-3], *canvas.size, 3)
+
+
 class _Seen:
     """A `VectorEnv` whose pictures go through a canvas; everything else is its own."""
 
@@ -54,18 +61,12 @@ class _Seen:
     def reset(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> Observations:
         """See `VectorEnv.reset`."""
         first = self.env.reset(seeds) if rows is None else self.env.reset(seeds, rows)
-        return replace(first, frames=self._look(first.frames))
+        return replace(first, frames=look(self.canvas, first.frames))
 
     def run(self, actions: npt.NDArray[Any], rows: Sequence[int], frame_stride: int) -> list[StepResult]:
         """See `VectorEnv.run`."""
-        return [replace(result, frames=self._look(result.frames)) for result in self.env.run(actions, rows, frame_stride)]
+        return [replace(result, frames=look(self.canvas, result.frames)) for result in self.env.run(actions, rows, frame_stride)]
 
     def collect(self, rows: Sequence[int] | None = None) -> dict[int, StepResult]:
         """See `VectorEnv.collect`."""
-        return {row: replace(result, frames=self._look(result.frames)) for row, result in self.env.collect(rows).items()}
-
-    def _look(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """(..., h, V w, 3) to (..., H, W, 3)."""
-        flat = frames.reshape(-1, *frames.shape[-3:])
-        seen = self.canvas.compose(np.split(flat, self.canvas.cameras, axis=2)) if len(flat) else np.zeros((0, *self.canvas.size, 3), np.uint8)
-        return seen.reshape(*frames.shape[:-3], *self.canvas.size, 3)
+        return {row: replace(result, frames=look(self.canvas, result.frames)) for row, result in self.env.collect(rows).items()}

@@ -229,6 +229,7 @@ class Executor:
         hold: np.ndarray,
         rest: np.ndarray | None = None,
         goal: np.ndarray | None = None,
+        target: np.ndarray | None = None,
         extra_delay: Callable[[int], int] = lambda step: 0,
     ) -> Robot:
         """A robot that has just been looked at.
@@ -237,11 +238,12 @@ class Executor:
             frame, state: uint8 (H, W, 3) and (d,).
             hold: (d',) what it is sent without a decided action; NaN: the last command again.
             rest: (d',) the command that keeps it where it is now; None or NaN where there is none.
-            goal: a goal image (H, W, 3).
+            goal: a goal image (H, W, 3) that the policy is given.
+            target: one that planning alone aims at.
             extra_delay: control steps that a plan asked for at a step takes longer.
         """
-        goals = None if goal is None else goal[None]
-        session = Session(self.policy, [instruction], self.policy.config.data.embodiment, [seed], goals, self._texts.get(instruction))
+        goals, targets = (None if picture is None else picture[None] for picture in (goal, target))
+        session = Session(self.policy, [instruction], self.policy.config.data.embodiment, [seed], goals, self._texts.get(instruction), targets)
         self._texts.setdefault(instruction, session.instructions)
         memory = StepMemory(self.span)
         memory.begin(frame, state)
