@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from test_objective import _batch, _objective, _touched
-from tiny import TASKS, tiny_config, tiny_episode, tiny_policy, tiny_preset, window_of
+from tiny import TASKS, random_window, tiny_config, tiny_episode, tiny_model, tiny_policy, tiny_preset, window_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from toy import record_toy, toy_config, toy_frame
 
 from wam.inference.session import Session
 from wam.inference.value import value_of
+from wam.model.flops import forward_flops, window_work
 from wam.model.value import value_errors, value_target
 from wam.model.wam import WorldActionModel
+from wam.model.window_mask import window_mask
 from wam.pretrained import from_pretrained
 from wam.relations import LeakError, Reach, Relations
 from wam.relations_text import describe, describe_config
@@ -100,6 +104,23 @@ def test_a_candidate_is_valued_as_in_training(preset: str, overrides: tuple[str,
         torch.testing.assert_close(found[:, 0], trained["outcome"][:, block], rtol=1e-4, atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(before, (session.cache.kinds_BS, session.cache.blocks_BS, *session.cache.keys), strict=True))
         session.commit(episode.done(block))
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_a_window_in_parts_says_the_same_and_its_work_is_counted(expert: int | None) -> None:
+    config = tiny_preset("all", expert, VALUE)
+    model, layout = tiny_model(config), tiny_model(config).training_layout(4)
+    dense = model.relations.valued("joint_mutual", "outcome").table.dense(layout, Reach.of(config.timeline))[None]
+    parts, window = window_mask(dense, layout), random_window(model, 1, 4)
+    assert parts is not None
+    a, b = (model(window, model.encode_text(TASKS[:1]), mask, layout) for mask in (parts, dense[:, None]))
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert a[2].shape == (1, 4) and len(model.forward_train(window, model.encode_text(TASKS[:1]), parts, layout)) == 2
+    text, rows = torch.zeros(1, config.text.max_tokens, config.text.width), torch.zeros(1, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(window, model.embed_text(text, rows), dense[:, None], layout)
+    assert counter.get_total_flops() == forward_flops(config, window_work(config, layout, len(layout) ** 2))
 
 
 def test_what_cannot_be_valued_is_refused() -> None:
