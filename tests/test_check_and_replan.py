@@ -23,7 +23,7 @@ from wam.evaluation.surprise_trial import _drive, summary, text
 from wam.inference.adapt import Adaptive, asks_for_motion
 from wam.inference.check import LEVELS, SURPRISE, Checker, Floors, Surprise, SurpriseScale, frame_error, imagined_floor, load_scale, observed_floor
 from wam.inference.compute import check_flops, plan_flops, remember_flops
-from wam.inference.outcome import arrived, outcome
+from wam.inference.outcome import arrived, newest, outcome
 from wam.inference.session import Session
 from wam.model.wam import WorldActionModel
 from wam.pretrained import Policy, save_pretrained
@@ -72,14 +72,16 @@ def _surprises(frames: np.ndarray, config: CheckConfig = FORWARD) -> list[Surpri
     """Clip 0, of which `frames` came: a check after every latent frame of both blocks."""
     policy, (clip, _), scale = _known()
     checker, session = Checker(policy, config, scale), Session(policy, [clip.instruction], "metaworld", [11])
-    before, out = session.observe(frames[None, :1], clip.state[None])[0, :, -1], []
+    session.observe(frames[None, :1], clip.state[None])
+    out = []
     for block in range(2):
         came, acted = frames[None, 1 + 8 * block : 9 + 8 * block], clip.executed[None, STEPS * block : STEPS * (block + 1)]
         imagined = outcome(session, [0], acted, policy.config.sampling.with_steps(1), [block]) if config.source == "forward" else session.plan("joint").imagined
         assert imagined is not None
+        before = newest(policy, frames[None, 8 * block])[0]
         out += [checker.compare(imagined[0], arrived(session, [0], came[:, : 4 * n])[0], before) for n in (1, 2)]
         session.commit(acted)
-        before = session.observe(came, np.zeros((1, 4), np.float32))[0, :, -1] if block else session.observe(came, clip.states[None, STEPS])[0, :, -1]  # type: ignore[index]
+        session.observe(came, clip.states[None, -1] if block else clip.states[None, STEPS])  # type: ignore[index]
     return out
 
 

@@ -26,7 +26,7 @@ from wam.config import ImagineConfig
 from wam.config_check import CalibrateConfig
 from wam.evaluation.imagination import Clip, held_out_clips
 from wam.inference.check import SurpriseScale, imagines, measure, observed_floor, source_name
-from wam.inference.outcome import outcome
+from wam.inference.outcome import newest, outcome
 from wam.inference.session import Session
 from wam.pretrained import Policy, from_pretrained, weights_sha256
 from wam.relations import acting_modes, untrained_mode_warning
@@ -84,15 +84,16 @@ def _observe_all(policy: Policy, clips: Sequence[Clip], plans: Sequence[str], fo
     t, how = policy.config.timeline, policy.config.sampling.with_steps(config.steps)
     seeds = [config.seed * 100_003 + first + i for i in range(len(clips))]
     session = Session(policy, [c.instruction for c in clips], policy.config.data.embodiment, seeds)
-    latents = session.observe(np.stack([c.frames[:1] for c in clips]), np.stack([c.state for c in clips]))
+    session.observe(np.stack([c.frames[:1] for c in clips]), np.stack([c.state for c in clips]))
     for block in range(len(clips[0].executed) // t.actions_per_block):
         acted = slice(block * t.actions_per_block, (block + 1) * t.actions_per_block)
         executed = np.stack([c.executed[acted] for c in clips])
         imagined = {source_name(mode, how.steps): session.plan(mode, how).imagined for mode in plans}
         imagined |= {source_name("forward", n): outcome(session, range(len(clips)), executed, how.with_steps(n), [s + 7919 * (block + 1) for s in seeds]) for n in forward}
         session.commit(executed)
-        frames = np.stack([c.frames[1 + block * t.frames_per_block : 1 + (block + 1) * t.frames_per_block] for c in clips])
-        before, latents = latents[:, :, -1], session.observe(frames, _states_after(clips, acted.stop))
+        first_frame = block * t.frames_per_block
+        frames = np.stack([c.frames[first_frame : first_frame + t.frames_per_block + 1] for c in clips])
+        before, latents = newest(policy, frames[:, 0]), session.observe(frames[:, 1:], _states_after(clips, acted.stop))
         if latents.shape[2] != t.latents_per_block:
             continue  # the memory began again from the newest frame
         into.before.append(before.cpu())

@@ -27,7 +27,7 @@ from wam.evaluation.statistics import auroc
 from wam.figures import FAINT, INK, new_figure
 from wam.files import write_json_atomic
 from wam.inference.check import Checker, imagines, load_scale
-from wam.inference.outcome import outcome
+from wam.inference.outcome import newest, outcome
 from wam.inference.session import Session
 from wam.pretrained import Policy, from_pretrained
 
@@ -66,7 +66,8 @@ def _drive(policy: Policy, checker: Checker, env: Environment, config: TrialConf
     t, how = policy.config.timeline, policy.config.sampling
     first = env.reset(seed)
     session = Session(policy, [first.instruction or env.instruction], policy.config.data.embodiment, [seed])
-    latents, began, step = session.observe(first.frames[None], first.state[None]), [e.step for e in first.events], 0
+    frame, began, step = first.frames[-1:], [e.step for e in first.events], 0
+    session.observe(first.frames[None], first.state[None])
     values: list[float] = []
     while True:
         plan = session.plan(config.mode)
@@ -80,11 +81,11 @@ def _drive(policy: Policy, checker: Checker, env: Environment, config: TrialConf
         step += len(result.states)
         if len(result.states) < t.actions_per_block:
             return _told(seed, result.success, step, began, values, t)
-        before = latents[0, :, -1]
+        before, frame = newest(policy, frame), result.frames[-1:]
         session.commit(acted)
         latents = session.observe(result.frames[None], result.states[-1:])
         assert imagined is not None
-        values += list(checker.compare(imagined[0], latents[0], before, config.mode, how.steps).frames)
+        values += list(checker.compare(imagined[0], latents[0], before[0], config.mode, how.steps).frames)
         if result.done:
             return _told(seed, result.success, step, began, values, t)
 

@@ -1,6 +1,6 @@
 """Check: what was imagined against what came, latent frame by latent frame, in units of the error on held-out episodes.
 
-    before     the newest observed latent when the plan was made
+    before     the newest frame when the plan was made, encoded alone: a picture that stands still
     imagined        | z1 | z2 | ...        by the plan itself, or by `forward` from the plan's actions
     observed        | y1 | y2 |  .         as they arrive
     error            e1   e2               over patches that move in either: |y - before| above the floor of what is seen, or
@@ -308,7 +308,7 @@ class Checker:
         Args:
             imagined_CkHW: of the whole block, or at least as many latent frames as are observed.
             observed_CkHW: those that have come, from the block's first on.
-            before_CHW: the newest observed when the plan was made.
+            before_CHW: the newest frame when the plan was made, encoded alone (`wam.inference.outcome.newest`), as in calibration.
             mode, steps: of the plan whose own imagination this is (`source: plan`); not needed where only one was calibrated, or for `source: forward`.
 
         Raises:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wam.config import SamplingConfig
 from wam.inference.session import Session
+from wam.pretrained import Policy
 
 
 def outcome(session: Session, rows: Sequence[int], actions: np.ndarray, sampling: SamplingConfig | None, seeds: Sequence[int]) -> Tensor:
@@ -59,3 +60,9 @@ def arrived(session: Session, rows: Sequence[int], frames: np.ndarray) -> Tensor
         raise ValueError(f"frames are {frames.dtype} of {len(frames)} rows; expected uint8 of {len(rows)}")
     with torch.no_grad():
         return session.stream.select(list(rows)).encode(torch.from_numpy(np.ascontiguousarray(frames)).to(session.model.device))
+
+
+def newest(policy: Policy, frames: np.ndarray) -> Tensor:
+    """Latents (n, C, h, w) of the newest frames, uint8 (n, H, W, 3), each encoded alone, as a picture that stands still: what motion is counted from."""
+    with torch.no_grad():
+        return policy.codec.encode(torch.from_numpy(np.ascontiguousarray(frames)).to(policy.model.device).unsqueeze(1))[:, :, 0]
