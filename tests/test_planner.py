@@ -1,8 +1,10 @@
 """Planning: candidates on one memory equal copies of it, rows are independent, and what is chosen is what the score says."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,11 @@ import test_session
 import torch
 from tiny import SMALL, tiny_config, tiny_policy
 
+from wam.cli import main
 from wam.codec.linear import LinearCodec
 from wam.config import Config, ConfigError, PlannerConfig, SamplingConfig, load_config
 from wam.data.normalize import Normalizer
+from wam.evaluation.bench.planner import PlannerOptions, bench_planner
 from wam.evaluation.environments import Observation, StepResult
 from wam.evaluation.goals import GoalImages, solved_frame
 from wam.inference.batch import Think, run
@@ -344,6 +348,16 @@ def test_flops_of_a_search() -> None:
     assert search_flops(replace(BY_GOAL, candidates=8, imagined=3), True, 5.0, 2.0) == 46
     assert search_flops(replace(CEM, candidates=8, iterations=3), True, 5.0, 2.0) == 88
     assert search_flops(replace(FROM_ZERO, candidates=8, iterations=3), True, 5.0, 2.0) == 48
+
+
+def test_the_bench_measures_candidates_beside_one(tmp_path: Path) -> None:
+    out = tmp_path / "planner.json"
+    main(["bench", "planner", "--quick", "--sizes", "64", "--repeats", "1", "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert [row["row"] for row in report["comparisons"]] == ["best of 8", "best of 8, few imagined", "one memory"]
+    assert report["counts"][0]["times"] == 1000, "eight candidates read as many bytes of the past as one"
+    with pytest.raises(ValueError, match="unknown size '100'"):
+        bench_planner(PlannerOptions(sizes=("100",)))
 
 
 # ------------------------------------------------------------------------------------------------ goal images

@@ -18,7 +18,7 @@ class PlannerConfig:
     candidates: int = 8  # N
     score: Score = "agreement"  # what is best: the imagined end is nearest to the goal image; most other candidates are near; the value head promises most
     imagined: int | None = None  # `best_of_n`: of the N, how many are imagined and scored: those most unlike each other; default: all
-    forward_steps: int = 2  # solver steps of imagining what follows from a candidate
+    forward_steps: int = 1  # solver steps of imagining what follows from a candidate; one gives the mean of what may follow, which tells candidates apart best
     distance: Literal["l1", "l2"] = "l1"  # to the goal, in latents
     iterations: int = 3  # `cem`: rounds
     elites: int = 4  # `cem`: candidates kept of a round
