@@ -136,9 +136,12 @@ def test_actions_return_from_imagined_video_only_where_it_holds_them(monkeypatch
     found = inverse_of_forward(policy, some, ImagineConfig())
     assert isinstance(found, dict) and found["blocks"] == 12 and len(found["dimensions"]) == 4
     assert found["real"]["rmse"] == pytest.approx(0.1, abs=1e-6) and found["real_against_label"]["rmse"] == pytest.approx(0.05, abs=1e-6), "in normalised units: half"
+    own = np.concatenate([c.executed / 2 for c in some])
     if deaf:
+        assert found["swapped"]["unexplained"] > 0.9
         assert found["imagined"]["unexplained"] > 0.9 and found["imagined"]["unexplained_by_dimension"][3] is None
     else:
+        assert found["swapped"]["rmse"] == pytest.approx(0, abs=1e-6) and found["swapped_against_own"]["rmse"] > own.std(axis=0).mean()
         assert found["imagined"]["rmse"] == pytest.approx(0, abs=1e-6) and found["imagined"]["unexplained"] == pytest.approx(0, abs=1e-6)
 
 

@@ -5,7 +5,9 @@
 
 A model that ignores its actions and draws what usually happens may have a good PSNR; its ratio of errors is 1.  Consistency asks block by
 block, from observed history: the error of inverse dynamics (IDM) on the imagined block is compared with its error on the real one, and
-with the spread of the actions, which is the error of always answering their mean.  Errors are in the network's normalised units.
+with the spread of the actions, which is the error of always answering their mean.  An expert's action can be guessed from history, without
+a look at the video; so the same is asked with another episode's actions given, which only the video can tell.  Errors are in the network's
+normalised units.
 """
 
 from __future__ import annotations
@@ -106,7 +108,9 @@ def inverse_of_forward(policy: Policy, clips: Sequence[Clip], config: ImagineCon
 
     Returns:
         Root mean squared errors against the executed actions, and their `spread`, over all dimensions and for each; `unexplained` is the
-        squared error as a share of the variance (0: the actions are found; 1: no better than their mean); or why this cannot be asked.
+        squared error as a share of the variance (0: the actions are found; 1: no better than their mean).  `swapped`: forward dynamics was
+        given another episode's actions, and these are what is to be found; `swapped_against_own`: how near the answer was to what was done
+        instead.  Or why this cannot be asked.
     """
     for mode in ("forward", "inverse"):
         warning = untrained_mode_warning(policy.config, mode)
@@ -126,6 +130,8 @@ def inverse_of_forward(policy: Policy, clips: Sequence[Clip], config: ImagineCon
     }
     for name in ("imagined", "real"):
         out[name] = errors(asked[name], asked["executed"])
+    if "swapped" in asked:
+        out["swapped"], out["swapped_against_own"] = errors(asked["swapped"], asked["other"]), errors(asked["swapped"], asked["executed"])
     if "label" in asked:
         out["real_against_label"] = errors(asked["real"], asked["label"])
     return out
@@ -144,22 +150,26 @@ def _overall(by_dimension: np.ndarray) -> float:
 
 
 def _ask(policy: Policy, clips: Sequence[Clip], config: ImagineConfig) -> dict[str, np.ndarray]:
-    """Normalised actions (n, d): `executed`, what IDM answers for the `imagined` and for the `real` block, and the `label`, where clips have one."""
+    """Normalised actions (n, d): `executed`, and IDM's answers for the `imagined` and the `real` block.
+
+    Where clips allow it also the `label`; and another episode's actions, `other`, with the answer for what was imagined from them, `swapped`.
+    """
     t, solver = policy.config.timeline, policy.config.sampling.with_steps(config.steps)
     length, k, frames = t.actions_per_block, t.latents_per_block, t.frames_per_block
     session = Session(policy, [c.instruction for c in clips], policy.config.data.embodiment, [config.seed * 100_003 + i for i in range(len(clips))])
     with torch.no_grad():
         latents = policy.codec.encode(torch.from_numpy(np.stack([c.frames for c in clips])).to(policy.model.device))
     session.observe(np.stack([c.frames[:1] for c in clips]), np.stack([c.state for c in clips]))
+    partners = partners_of([c.episode for c in clips])
     found: dict[str, list[np.ndarray]] = {}
     for block in range(len(clips[0].executed) // length):
         steps = slice(block * length, (block + 1) * length)
         given = np.stack([c.executed[steps] for c in clips])
-        imagined = session.plan("forward", solver, given).imagined
-        assert imagined is not None
-        answers = {"executed": given}
-        for name, future in (("imagined", imagined), ("real", latents[:, :, 1 + block * k : 1 + (block + 1) * k])):
-            answers[name] = _actions(session, solver, future)
+        answers = {"executed": given, "imagined": _returned(session, solver, given)}
+        answers["real"] = _actions(session, solver, latents[:, :, 1 + block * k : 1 + (block + 1) * k])
+        if partners is not None:
+            answers["other"] = given[partners]
+            answers["swapped"] = _returned(session, solver, given[partners])
         if all(c.labels is not None for c in clips):
             answers["label"] = np.stack([c.labels[steps] for c in clips if c.labels is not None])
         for name, actions in answers.items():
@@ -170,6 +180,13 @@ def _ask(policy: Policy, clips: Sequence[Clip], config: ImagineConfig) -> dict[s
             seen = np.stack([c.frames[1 + block * frames : 1 + (block + 1) * frames] for c in clips])
             session.observe(seen, np.stack([c.states[steps.stop] for c in clips if c.states is not None]))
     return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
+
+
+def _returned(session: Session, solver: Any, actions: np.ndarray) -> np.ndarray:
+    """IDM(FD(a)) of the coming block."""
+    imagined = session.plan("forward", solver, actions).imagined
+    assert imagined is not None
+    return _actions(session, solver, imagined)
 
 
 def _actions(session: Session, solver: Any, future: torch.Tensor) -> np.ndarray:
@@ -203,6 +220,11 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Are the actions in it? Inverse dynamics leaves {_percent(c['imagined']['unexplained'])} of their variance unexplained on blocks that forward dynamics imagined from them, "
             f"and {_percent(c['real']['unexplained'])} on the real blocks ({c['blocks']} blocks; RMSE {c['imagined']['rmse']:.3f} and {c['real']['rmse']:.3f}, spread {c['spread']:.3f}, normalised units)."
+            + (
+                f" Given another episode's actions instead, it leaves {_percent(c['swapped']['unexplained'])} of these unexplained: what cannot be guessed from history must be in the video."
+                if "swapped" in c
+                else ""
+            )
             + ("" if c["inverse_is"].startswith("trained as") else f" Inverse dynamics is {c['inverse_is']}.")
         )
     return said + [f"Left out, {name.replace('_', ' ')}: {why}." for name, why in (left_out.items() if isinstance(left_out, dict) else ())]
