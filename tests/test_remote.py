@@ -24,14 +24,15 @@ from wam_client.robot import Robot, RobotServer
 class Slider(Robot):
     """Two numbers that actions are added to; two cameras of different sizes."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: tuple[int, int] = (4, 6)) -> None:
+        self.left = left
         self.at, self.held, self.sent, self.broken, self.seeds = np.zeros(2), 0, [], "", []
 
     def metadata(self) -> dict[str, Any]:
         return {
             "name": "slider",
             "instruction": "slide",
-            "cameras": {"left": (4, 6), "right": (8, 6)},
+            "cameras": {"left": self.left, "right": (8, 6)},
             "state_dim": 2,
             "action_low": [-1, -1],
             "action_high": [1, 1],
@@ -57,7 +58,7 @@ class Slider(Robot):
 
     def look(self) -> dict[str, np.ndarray]:
         value = int(10 * self.at[1])
-        seen = {"left": np.full((4, 6, 3), value, np.uint8), "right": np.full((8, 6, 3), value + 1, np.uint8)}
+        seen = {"left": np.full((*self.left, 3), value, np.uint8), "right": np.full((8, 6, 3), value + 1, np.uint8)}
         if self.broken == "camera":
             seen["right"] = seen["right"] / np.float32(255)
         return {name: picture for name, picture in seen.items() if self.broken != name}
@@ -113,12 +114,13 @@ def make_env_after(env: Any, name: str, **settings: Any) -> Any:
             assert "another evaluation" in str(error) and time.monotonic() < until
 
 
-def test_what_goes_wrong_at_a_robot_is_a_crash(robot: tuple[Slider, RobotServer]) -> None:
-    slider, server = robot
+def test_what_goes_wrong_at_a_robot_is_a_crash() -> None:
+    slider = Slider(left=(8, 6))
+    server = RobotServer(slider, port=0)
     name = f"remote/{server.url}"
-    with VectorEnv(name, 1, workers=1, image_size=8, timeout_s=30) as many:
+    with VectorEnv(name, 1, workers=1, timeout_s=60) as many:
         with pytest.raises(RuntimeError, match="another evaluation"):
-            make_env(name, image_size=8)
+            make_env(name)
         many.reset([1])
         for broken, said in (("arm", "reports: OSError: the controller does not answer"), ("left", "{'left': 0, 'right': 2}); one is late or missing"), ("camera", "gave float32 of shape")):
             slider.broken, held = broken, slider.held
