@@ -54,8 +54,10 @@ def measured(policy: Policy, clips: Sequence[Clip], config: CalibrateConfig, wei
     """The scale of a policy from clips.
 
     Raises:
-        ValueError: as `calibrate`.
+        ValueError: as `calibrate`, or a model whose first frame lies inside its first block.
     """
+    if policy.config.timeline.first_frame == "inside":
+        raise ValueError("this model's first block holds its first frame (timeline.first_frame: inside), so its blocks are not of one length; surprise is measured for models with first_frame: before")
     plans = [mode for mode in acting_modes(policy.config) if imagines(policy, mode)]
     forward = config.forward_steps if untrained_mode_warning(policy.config, "forward") is None else ()
     if not plans and not forward:
@@ -93,9 +95,10 @@ def _observe_all(policy: Policy, clips: Sequence[Clip], plans: Sequence[str], fo
         session.commit(executed)
         first_frame = block * t.frames_per_block
         frames = np.stack([c.frames[first_frame : first_frame + t.frames_per_block + 1] for c in clips])
-        before, latents = newest(policy, frames[:, 0]), session.observe(frames[:, 1:], _states_after(clips, acted.stop))
-        if latents.shape[2] != t.latents_per_block:
-            continue  # the memory began again from the newest frame
+        at, before = session.block, newest(policy, frames[:, 0])
+        latents = session.observe(frames[:, 1:], _states_after(clips, acted.stop))
+        if session.block != at + 1:
+            continue  # the memory began again, and encoded the newest frame alone
         into.before.append(before.cpu())
         into.observed.append(latents.cpu())
         for name, video in imagined.items():
