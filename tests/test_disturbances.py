@@ -191,7 +191,7 @@ def until_struck(env: Any, seed: int, limit: int = 150) -> Event:
 def physical_hash() -> str:
     """What came of disturbed episodes, in one number."""
     digest = hashlib.sha256()
-    for kind in ("object_moved", "gripper_opened", "arm_pushed", "camera_shifted", "light_changed"):
+    for kind in ("object_moved", "gripper_opened", "arm_pushed", "camera_shifted"):
         env = disturbed("basketball-v3", kind)
         event = until_struck(env, 5)
         result = env.run(np.tile(env.expert_action(), (8, 1)), 4)
@@ -218,7 +218,7 @@ def test_the_next_episode_is_as_if_nothing_had_been(kind: str) -> None:
 
 
 @simulator
-@pytest.mark.parametrize("task", ["drawer-open-v3", "push-v3", "reach-v3", "assembly-v3"])
+@pytest.mark.parametrize("task", ["push-v3", "reach-v3", "assembly-v3"])
 def test_an_object_is_moved_within_the_tasks_own_range(task: str) -> None:
     env = disturbed(task, "object_moved")
     inner = env._env
