@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny import tiny_config
 
+from wam.cli import run_main
 from wam.evaluation.fit import camera_settings, disagreement
 
 POLICY: Any = SimpleNamespace(config=tiny_config(), control_hz=80.0, meta={"tasks": ["open it", "b", "c", "d"]})
@@ -44,6 +45,15 @@ def test_what_differs_is_told_beside_all_else(changes: dict[str, Any], row: str)
     squeezed = " ".join(told.split())
     assert row in squeezed and "instruction | b; c; d; 1 more | open it" in squeezed, told
     assert len({line.index("|") for line in told.splitlines() if "|" in line}) == 1, "columns stand below one another"
+
+
+def test_the_command_line_shows_the_table_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    told = str(disagreement(POLICY, robot(control_hz=10)))
+
+    def refuse() -> None:
+        raise ValueError(told)
+
+    assert run_main(refuse) == 2 and told in capsys.readouterr().err
 
 
 def test_what_is_drawn_for_a_policy() -> None:

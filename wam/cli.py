@@ -57,7 +57,7 @@ def run_main(handler: Callable[[], int | None], debug: bool = False) -> int:
 
 
 def _explain(error: Exception) -> str:
-    """One line for people; of a worker's traceback, its last line."""
+    """One line for people, or a table as it is; of a worker's traceback, its last line."""
     said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror and error.filename else ""
     if is_disk_full(error) and (not said or said.endswith(os.strerror(errno.ENOSPC))):
         return f"disk is full: {getattr(error, 'filename', None) or Path.cwd()}; free some space and run the same command again, finished work is kept"
@@ -67,6 +67,8 @@ def _explain(error: Exception) -> str:
     if traced:
         last = trace.strip().rpartition("\n")[2]
         what += f" {last} (--debug shows where)"
+    if "\n    " in what:  # a table, such as that of `wam.evaluation.fit.disagreement`
+        return what.rstrip()
     return " ".join(what.split()) or type(error).__name__
 
 
