@@ -17,8 +17,8 @@ from test_report import Reader
 from tiny import SMALL
 
 from wam.commands.compare import _taken
-from wam.config import ConfigError, RolloutConfig
-from wam.evaluation import baselines
+from wam.config import ConfigError, DisturbanceConfig, RolloutConfig
+from wam.evaluation import baselines, environments
 from wam.evaluation import rollout as rollout_module
 from wam.evaluation.compare import claims as claims_module
 from wam.evaluation.compare import page as page_module
@@ -205,6 +205,15 @@ class Simulator:
         self.calls: list[tuple[str, ...]] = []
         self.fails = 0
 
+    def environment(self, name: str, disturbances: DisturbanceConfig) -> Simulator:
+        if name.endswith("drawer-shut-v3"):
+            raise ValueError(f"no task {name!r}")
+        assert disturbances.kinds
+        return self
+
+    def close(self) -> None:
+        pass
+
     def __call__(self, checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, Any]:
         if self.fails:
             self.fails -= 1
@@ -232,6 +241,7 @@ class Simulator:
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Simulator:
     made = Simulator()
     monkeypatch.setattr(rollout_module, "rollout", made)
+    monkeypatch.setattr(environments, "make_env", made.environment)
 
     def floor(env: str, episodes: int, *rest: Any) -> dict[str, Any]:
         low, high = wilson(0, episodes)
@@ -288,6 +298,12 @@ def _check_page(report: Path, data: dict[str, Any]) -> None:
         assert text in reader.words, text
     assert reader.names.count("video") == 12 and 'class="absent"' not in page
     assert "<script" not in page and EVIL in reader.words
+
+
+def test_what_cannot_be_driven_is_told_before_anything_is_trained(file: Path, tmp_path: Path, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("trained before the environment was looked at"))
+    with pytest.raises(ValueError, match=r"no task 'metaworld/drawer-shut-v3'"):
+        run(planned(file, "rollout.env=metaworld/drawer-shut-v3"), tmp_path / "run", "")
 
 
 def test_a_page_needs_a_comparison(tmp_path: Path) -> None:

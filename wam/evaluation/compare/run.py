@@ -40,14 +40,17 @@ def run(plan: Plan, output: Path, command: str) -> Path:
         command: how it was asked for, as the report shows it.
 
     Raises:
-        ValueError: a phase in `output` that was done with other settings.
+        ValueError: a phase in `output` that was done with other settings; an unknown environment, or a disturbance that it cannot meet.
         Any error of `collect`, `train`, `rollout` and `imagine`; what is finished is kept.
     """
     from wam.evaluation.compare.analysis import analyse
     from wam.evaluation.compare.page import write_report
+    from wam.evaluation.environments import make_env
 
     output.mkdir(parents=True, exist_ok=True)
     diary = Diary.open(output / STATE, plan)
+    if any(phase.kind == "drive" and phase.name not in diary.done for phase in plan.phases):
+        make_env(plan.config.rollout.env, disturbances=plan.settings.disturbances).close()  # what cannot be driven shows before hours of training
     for phase in plan.phases[:-1]:
         key = _key(plan, output, phase)
         with diary.phase(phase, key) as todo:
