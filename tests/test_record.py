@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from wam.data import recording as module
 from wam.data.check.run import check_dataset
 from wam.data.dataset import WindowDataset, collate
 from wam.data.lerobot import DatasetError, LeRobotDataset
-from wam.data.outcomes import steps_to_success
+from wam.data.outcomes import UNKNOWN, steps_to_success
 from wam.data.recording import EpisodeBuffer, Recording, RecordingFormat
 from wam.evaluation.environments import StepResult
 from wam.evaluation.episodes import Episode
 from wam.evaluation.record import Record
 
+SAMPLE = Path(__file__).parents[1] / "data" / "metaworld_sample"
 PERFECT = {CAMERA: toy_frame(0.5, good=True)}
 
 
@@ -118,7 +120,7 @@ def test_windows_say_what_came_of_them(tmp_path: Path) -> None:
         assert sample["start"] % 2 == 0, "a window begins where a frame was seen"
         ends = sample["start"] + np.array([8, 16])
         left = np.full(2, np.inf) if sample["episode"] % 2 else STEPS - ends
-        assert np.array_equal(sample["outcome"], np.where(ends < STEPS, left, np.nan).astype(np.float32), equal_nan=True)
+        assert np.array_equal(sample["outcome"], np.where(ends < STEPS, left, UNKNOWN).astype(np.float32))
     assert collate([windows[0], windows[1]])["outcome"].shape == (2, 2)
     assert {s["start"] for s in (windows[i] for i in range(len(windows)))} == set(range(0, STEPS - 8, 2))
     with pytest.raises(DatasetError, match=r"with a frame every 2 rows, but .* asks for one every 1"):
@@ -127,7 +129,7 @@ def test_windows_say_what_came_of_them(tmp_path: Path) -> None:
 
 def test_outcomes_by_hand() -> None:
     ends = np.array([8, 16, 24])
-    assert steps_to_success(20.0, ends, 24, 2.0).tolist()[:2] == [6, 2] and np.isnan(steps_to_success(20.0, ends, 24, 2.0)[2])
+    assert steps_to_success(20.0, ends, 24, 2.0).tolist() == [6, 2, UNKNOWN] and (steps_to_success(np.nan, ends, 30, 1.0) == UNKNOWN).all()
     assert np.isinf(steps_to_success(np.inf, ends, 30, 1.0)).all() and steps_to_success(10.0, ends, 30, 1.0).tolist() == [2, 0, 0]
 
 
@@ -150,16 +152,27 @@ def test_cut_off_episodes_say_nothing_and_failures_need_not_be_imitated(tmp_path
 
 
 def test_demonstrations_count_as_successes() -> None:
-    sample = Path(__file__).parents[1] / "data" / "metaworld_sample"
-    windows = WindowDataset(tiny_config(f"data.root={sample}").data, tiny_config().timeline, "train")
+    windows = WindowDataset(tiny_config(f"data.root={SAMPLE}").data, tiny_config().timeline, "train")
     assert len(windows.outcomes) > 1 and all(0 < row < windows.lerobot.episodes[e].length for e, row in windows.outcomes.items())
 
 
 def test_the_check_finds_no_error(tmp_path: Path) -> None:
-    record_toy(tmp_path, 4)
-    config = toy_config(tmp_path)
-    _, findings = check_dataset(tmp_path, config, 4)
+    """Real episodes, recorded again with every second frame."""
+    config = tiny_config("codec.image_size=[64, 64]", f"data.root={SAMPLE}", "data.executed_action=action.executed")
+    windows = WindowDataset(config.data, config.timeline, "train")
+    camera = config.data.cameras[0]
+    form = RecordingFormat(80, {camera: (64, 64)}, ("x", "y", "z", "open"), ("dx", "dy", "dz", "grip"), "sawyer", 2)
+    recording = Recording(tmp_path, form)
+    for index in windows.episodes[:3]:
+        seen, buffer = windows.episode(index), EpisodeBuffer(form, windows.lerobot.instruction(index, 0))
+        buffer.begin({camera: seen.frames[0]}, seen.state[0])
+        for i in range(len(seen.state) - 1):
+            buffer.add(seen.action[i], seen.state[i + 1], {camera: seen.frames[i + 1]} if i % 2 else None, seen.executed[i])
+        recording.add(f"{index}", buffer, "success")
+    recording.assemble()
+    _, findings = check_dataset(tmp_path, dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(tmp_path))), 3)
     assert not [f for f in findings if f.level == "error"], findings
+    assert not [f for f in findings if f.check == "in_step"], "held frames do not hide that picture and state move together"
 
 
 # ------------------------------------------------------------------------------------------------ a wave

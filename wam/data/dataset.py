@@ -54,7 +54,7 @@ class Sample(TypedDict):
     action: np.ndarray  # (N * A, action_dim) float32, normalised: what the policy should do
     executed: np.ndarray  # (N * A, action_dim) float32, normalised as actions: what the robot did
     action_is_pad: np.ndarray  # (N * A,) bool
-    outcome: np.ndarray  # (N,) float32: control steps from each block's end to success; inf: it never comes, NaN: not known
+    outcome: np.ndarray  # (N,) float32: control steps from each block's end to success; inf: it never comes, -1: not known
     instruction: str
     embodiment: str  # whose states and actions these are
     has_video: bool  # frames are real: video may be supervised

@@ -3,7 +3,7 @@
     rows            0 1 2 ...            s | s+1 ... T-1        next.success is first true at row s: what is seen from s + 1 on has succeeded
     block ends            e0      e1                            steps to success: s + 1 - e0, s + 1 - e1, never below 0
     failed                                                      inf: the episode ended (next.done at its last row) and never succeeded
-    not known                                                   NaN: no such column, an episode that was cut off, or a block that ends beyond it
+    not known                                                   -1: no such column, an episode that was cut off, or a block that ends beyond it
 
 LeRobot's columns `next.success` and `next.done` say it; demonstrations without them may all be called successes (`data.outcome`).
 """
@@ -18,6 +18,7 @@ import numpy as np
 from wam.data.lerobot import LeRobotDataset
 
 SUCCESS, DONE = "next.success", "next.done"
+UNKNOWN = -1.0  # steps to success of which nothing is known
 Outcomes = Literal["recorded", "success", "unknown"]
 
 
@@ -42,10 +43,10 @@ def success_row(source: LeRobotDataset, episode: int, outcomes: Outcomes) -> flo
 
 
 def steps_to_success(row: float, ends: np.ndarray, stop: int, pace: float) -> np.ndarray:
-    """(N,) float32: control steps from rows `ends`, at which blocks end, to success at `row`; NaN for those that are not before `stop`.
+    """(N,) float32: control steps from rows `ends`, at which blocks end, to success at `row`; `UNKNOWN` where the row is NaN, and for ends that are not before `stop`.
 
     Args:
         pace: rows a control step.
     """
     steps = np.maximum(row - ends, 0) / pace
-    return np.where(ends < stop, steps, np.nan).astype(np.float32)
+    return np.where((ends < stop) & ~np.isnan(steps), steps, UNKNOWN).astype(np.float32)

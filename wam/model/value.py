@@ -41,9 +41,9 @@ class ValueHead(nn.Module):
 
 
 def value_target(config: ModelConfig, steps: Tensor) -> Tensor:
-    """Control steps until success to values in 0..1: inf (it never comes) to 0, 0 (it is there) to 1; NaN stays."""
+    """Control steps until success to values in 0..1: inf (it never comes) to 0, 0 (it is there) to 1."""
     if config.value_horizon is None:
-        return torch.where(steps.isnan(), steps, steps.isfinite().to(steps.dtype))
+        return steps.isfinite().to(steps.dtype)
     if config.value == "progress":
         return (1 - steps / config.value_horizon).clamp_min(0)
     return torch.exp(-steps / config.value_horizon)

@@ -5,7 +5,7 @@
     errors x weight of their level x what is supervised  ->  `Losses`, reduced in one of three ways
 
 With a value head every window has a value token a block beside all else, asked of the block's actions or of its video (drawn per sample);
-where it is not known what came of the episode (`outcome` is NaN, or missing), nothing of it is supervised.
+where it is not known what came of the episode (`outcome` is negative, or missing), nothing of it is supervised.
 
 Padding, channels a robot does not have, tokens that are given (level 0) and what a mode does not predict are not supervised, so
 samples of different modes share a batch without rescaling one another.  A sample without video, or without states and actions,
@@ -28,6 +28,7 @@ from wam.codec.clip_image import ClipImage
 from wam.codec.codec import Codec
 from wam.codec.first_frame import first_frame_condition
 from wam.config import Config
+from wam.data.outcomes import UNKNOWN
 from wam.flow import SMALLEST_SIGMA, TIMESTEPS, add_noise, velocity_target
 from wam.model.actions import channel_masks, pad_actions, pad_states
 from wam.model.conditions import Conditions
@@ -276,9 +277,9 @@ class Objective:
     def valued(self, batch: dict[str, Any], drawn: Drawn, valuations: list[int]) -> Drawn:
         """The same, with values asked of what `valuations` says for every sample."""
         steps = batch.get("outcome")
-        steps = torch.full((len(valuations), self.config.timeline.blocks), torch.nan) if steps is None else steps.float().cpu()
+        steps = torch.full((len(valuations), self.config.timeline.blocks), UNKNOWN) if steps is None else steps.float().cpu()
         there = torch.stack([has(batch, OF_VALUATION[self.valuations[v]])[i] for i, v in enumerate(valuations)])
-        seen = ~steps.isnan() & there.unsqueeze(1)
+        seen = (steps >= 0) & there.unsqueeze(1)
         return replace(drawn, valuations=valuations, value_BN=torch.where(seen, value_target(self.config.model, steps), 0.0), value_seen_BN=seen)
 
     def _fitting(self, video_B: Tensor, action_B: Tensor) -> Tensor | None:
