@@ -252,7 +252,7 @@ def _episodes(policy: Policy, mode: str, options: LoopOptions) -> list[Row]:
         told = {"episodes_per_minute": 60 * n / each.seconds, "seconds": each.seconds, "spent_s": each.spent, "successes": sum(e.success for e in each.episodes)}
         out.append(Stage("episodes", f"{at}, {way}", _per_episode(each), note=each.note(world, stride), facts=told))
         if each is not single:
-            limit = 1 / FASTER[policy.model.device.type]
+            limit = 1 / FASTER[policy.model.device.type] if way == "side by side" else 1.0  # halves are for where planning has a processor of its own
             out.append(Comparison("episodes", at, way, "one by one", _per_episode(each), _per_episode(single), round(limit, 3)))
             out.append(Alike("episodes that end alike", f"{at}, {way}", sum(map(_alike, each.episodes, single.episodes)), n))
     return out
