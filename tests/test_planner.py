@@ -25,6 +25,7 @@ from wam.inference.candidates import Candidates, imagining
 from wam.inference.planner import Planner, search_flops
 from wam.inference.scores import agreement_scores, goal_scores, last_pictures, moving_patches
 from wam.inference.session import Plan, Session
+from wam.inference.value import value_of
 from wam.model.sampling import Noise, Sample, Situation, sample
 from wam.model.shared import SharedCache, attend_shared
 from wam.model.wam import WorldActionModel
@@ -219,6 +220,19 @@ def test_what_is_compared_is_the_last_frame_and_not_how_it_came_to_be() -> None:
     apart = last_pictures(codec, torch.stack([latents, latents[:, :, [1, 0]]], dim=1))
     still = codec.encode(codec.decode(codec.encode(clip))[:, [8, 4]].flatten(0, 1).unsqueeze(1))[:, :, 0].unflatten(0, (2, 2))
     torch.testing.assert_close(apart, still, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("asked", ["outcome", "action"])
+def test_a_value_head_is_asked_of_what_it_was_trained_for(asked: str) -> None:
+    """Of outcomes, which are then imagined, or of actions, for which nothing is."""
+    policy = tiny_policy(tiny_config("model.value=success", "model.value_horizon=100", f"training.valuations={{{asked}: 1}}"))
+    planner, session = Planner(policy, replace(BEST, score="value")), _session(policy, ROWS)
+    found = planner.search(session, "skip", SamplingConfig(steps=2))
+    again = _session(policy, ROWS)
+    values = value_of(again, latents=found.outcomes) if asked == "outcome" else value_of(again, Planner._physical(again, found.actions_BNTA))
+    assert (found.outcomes is not None) == (asked == "outcome") == planner.imagines
+    torch.testing.assert_close(found.scores_BN, values, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.best_B, values.argmax(dim=1)) and float(values.std()) > 0
 
 
 # ------------------------------------------------------------------------------------------------ two ways
