@@ -126,6 +126,7 @@ def test_stretches_do_not_matter(kind: str) -> None:
     whole, parts = run_all(kind, (40,)), run_all(kind, (2, 8, 10, 2, 18))
     assert all(np.array_equal(a, b) for a, b in zip(whole[:3], parts[:3], strict=True)) and whole[3] == parts[3]
     assert whole[3][0].step == 10 and whole[3][0].kind == kind
+    assert kind != "camera_shifted" or (whole[3][0].size, whole[3][0].unit) == (0.08, "of the picture's width"), "no camera was turned here"
 
 
 def test_a_hanging_camera_repeats_its_last_picture() -> None:
@@ -166,6 +167,13 @@ def test_other_words_for_every_task() -> None:
     first = env.reset(1)
     assert env.instruction == first.instruction != "count to a hundred" and "count to a hundred" in env.instruction
     assert [(e.kind, e.step) for e in first.events] == [("paraphrase", 0)] and env.run(np.zeros((1, 2)), 1).events == ()
+    assert {paraphrase("Count.", np.random.default_rng(seed)) for seed in range(40)} == {
+        "please count",
+        "Count, please",
+        "could you count",
+        "your task: count",
+        "now count",
+    }
     with pytest.raises(ValueError, match="no instruction"):
         paraphrase("", np.random.default_rng(0))
 

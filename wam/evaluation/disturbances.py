@@ -62,7 +62,7 @@ KINDS: dict[str, Kind] = {
     "latency": Kind(0.1, "s", EPISODE, "step"),
     "paraphrase": Kind(1.0, "sentence", EPISODE, "reset"),
 }
-SHIFT = 0.08  # of the picture's width: `camera_shifted` where a camera cannot be turned
+IN_PICTURES = {"camera_shifted": Kind(0.08, "of the picture's width", EPISODE, "step")}  # where a camera cannot be turned
 MOVED = 0.97  # of the object's way to its goal is left: it has begun to move, so the fingers are there, wherever a task measures its object
 MOTION_NOISE, PLACE_NOISE = 0.3, 0.03  # usual deviations of commands that are displacements, and of those that are places, in halves of their range
 STRETCHED = ("gripper_opened", "frames_dropped")  # strength multiplies how long they last
@@ -310,7 +310,8 @@ class _Running:
         kind = self.drawn.kind
         if kind is None or self.events or self.steps < self.next_try or not self._due(KINDS[kind].begins):
             return
-        usual, strength = KINDS[kind], self.config.strength
+        stage, strength = stage_of(self.env), self.config.strength
+        usual = KINDS[kind] if stage is not None and kind in stage.kinds else IN_PICTURES.get(kind, KINDS[kind])
         seconds = usual.seconds * (strength if kind in STRETCHED else 1)
         lasts = self.env.max_steps if seconds == EPISODE else max(1, round(seconds * self.env.control_hz)) if seconds else 0
         size = self._begin(kind, usual.size * strength, lasts)
@@ -336,7 +337,7 @@ class _Running:
         if stage is not None and kind in stage.kinds:
             return self._begin_in_the_world(stage, kind, size, lasts)
         if kind == "camera_shifted":
-            self.picture = shifter(SHIFT * self.config.strength, generator)
+            self.picture = shifter(size, generator)
         if kind == "light_changed":
             self.picture = relighter(size, generator)
         if kind == "occlusion":

@@ -119,4 +119,5 @@ def paraphrase(instruction: str, generator: np.random.Generator) -> str:
     own = PARAPHRASES.get(instruction)
     if own:
         return str(generator.choice(own))
-    return str(generator.choice(POLITE)).format(instruction)
+    form, plain = str(generator.choice(POLITE)), instruction.rstrip(".")
+    return form.format(plain if form.startswith("{}") else plain[0].lower() + plain[1:])
