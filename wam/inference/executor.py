@@ -37,7 +37,7 @@ from wam.inference.gate import MAX_HISTORY, Gate, GateRefusal
 from wam.inference.guided import plan_guided
 from wam.inference.memory import PolicySpan, StepMemory
 from wam.inference.planner import Planner, search_flops
-from wam.inference.session import Plan, Session
+from wam.inference.session import Plan, Session, memory_lasts
 from wam.model.conditions import Conditions
 from wam.pretrained import Policy
 
@@ -303,6 +303,8 @@ class Executor:
         """Plan for robots that are due, together."""
         start = time.perf_counter()
         ways = [self._way(robot) for robot in robots]
+        for robot in robots:
+            robot.session.back()  # from what was imagined, if it went ahead
         calls = [robot.memory.calls(robot.session)[0] for robot in robots]
         for robot in robots:
             robot.memory.head = robot.now
@@ -344,10 +346,10 @@ class Executor:
 
     def _with_guidance(self, session: Session, mode: str, sampling: SamplingConfig, committed: np.ndarray | None, promised: np.ndarray | None) -> Plan:
         assert promised is not None
-        return plan_guided(session, mode, sampling, committed, promised, self.loop.execution.guidance)
+        return plan_guided(session, mode, sampling, committed, promised, self.loop.execution.guidance, self.loop.execution.gradient)
 
     def _go_ahead(self, robots: list[Robot], calls: list[list[Call]]) -> list[list[Call]]:
-        """Bring sessions to the end of what is decided: its actions are committed, its frames imagined or left out.  The memory is told anew next time."""
+        """Bring sessions to the end of what is decided: its actions are committed, its frames imagined or left out, until the real ones are there."""
         ready = [robot for robot in robots if len(robot.queue) >= self._shortest(robot)]
         imagined: dict[int, Tensor | None] = {}
         forward = self.loop.execution.missing_frames == "forward"
@@ -361,7 +363,6 @@ class Executor:
             if robot not in ready:
                 out.append(own)
                 continue
-            robot.memory.head = None
             begun = [] if forward else own
             out.append([*begun, Commit(self._decided(robot)), Go(imagined.get(id(robot)))])
         return out
@@ -545,5 +546,7 @@ def check_times(policy: Policy, loop: Loop) -> None:
         raise ValueError(f"execution.time is 'ahead', which plans whole blocks of {t.actions_per_block} control steps, but replan is {loop.replan}; leave rollout.replan out")
     if execution.time in ("asynchronous", "guided", "naive") and execution.delay >= t.actions_per_block:
         raise ValueError(f"execution.delay is {execution.delay}, and a plan holds {t.actions_per_block} control steps: it would be over before it comes; use less, or a checkpoint with longer blocks")
+    if execution.time == "ahead" and memory_lasts(policy) is not None:
+        raise ValueError("execution.time is 'ahead', but this model's memory begins anew from a frame that has not come by then; use asynchronous")
     if loop.check.source == "forward" and policy.config.training.modes.get("forward", 0) == 0:
         raise ValueError("check.source is 'forward', which this checkpoint was not trained for; use check.source=plan with a mode that imagines, or train with training.modes.forward")

@@ -53,6 +53,13 @@ BY_ROW = ("state", "first", "goal", "target", "acted", "newest")  # a tensor eac
 _REMEMBERED = ("cache", "conditions", "block", "committed", "state", "origin", "first", "acted", "newest")  # what observing and imagining change
 
 
+def memory_lasts(policy: Policy) -> int | None:
+    """Blocks until a session's memory starts again from the newest frame; None: never."""
+    m = policy.config.model
+    ends = m.positions == "index" or m.first_frame == "concat" or not policy.model.relations.remembers
+    return policy.config.timeline.blocks if ends else None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a session intends.
@@ -134,9 +141,7 @@ class Session:
     @property
     def _lasts(self) -> int | None:
         """Blocks until the memory starts again; None: for ever."""
-        m = self.config.model
-        ends = m.positions == "index" or m.first_frame == "concat" or not self.model.relations.remembers
-        return self.config.timeline.blocks if ends else None
+        return memory_lasts(self.policy)
 
     @property
     def frames_due(self) -> int:
