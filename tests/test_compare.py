@@ -98,6 +98,7 @@ def test_the_committed_comparison_is_planned_also_in_small() -> None:
         ("compare.budget.steps=0", r"budget.steps is 0; it must be at least 1"),
         ("compare.extras={x: {variant: all, mode: skip, overrides: [training.steps=3]}}", r"a row changes rollout.key=value and nothing else"),
         ("compare.extras={x: {variant: other, mode: skip, overrides: []}}", r"extras.x.variant is 'other'; use one of all, vla"),
+        ("compare.extras={all/skip: {variant: all, mode: skip, overrides: []}}", r"extras.all/skip has the name of a variant or of another row"),
         ("compare.budgt.steps=3", r"unknown key 'budgt'; did you mean 'budget'"),
         ("rollout.episodes=0", r"rollout.episodes is 0"),
     ],

@@ -213,6 +213,8 @@ def _checked(variant: Variant) -> Variant:
 def _extra(path: Path, settings: CompareConfig, overrides: Sequence[str], name: str, variants: Sequence[Variant]) -> Row:
     asked = settings.extras[name]
     known = [v.name for v in variants]
+    taken = [f"{v.name}{mode}" for v in variants for mode in ("", *(f"/{m}" for m in v.modes))]
+    _require(name not in taken, f"compare.extras.{name} has the name of a variant or of another row", "choose another, e.g. all/adaptive")
     _require(asked.variant in known, f"compare.extras.{name}.variant is {asked.variant!r}", f"use one of {', '.join(known)}")
     for override in asked.overrides:
         _require(override.startswith("rollout."), f"compare.extras.{name}.overrides has {override!r}", "a row changes rollout.key=value and nothing else")
