@@ -27,7 +27,8 @@ from wam.inference.session import Plan, Session
 from wam.pretrained import Policy
 
 Outcome = Literal["success", "failed", "stopped", "crashed"]
-CLIPPING = 0.99  # of the box's width: an action this far outside is moved onto its edge, as simulators do, and counted
+CLIPPING = 0.99  # of the box's width: an action this far outside is moved onto its edge, as simulators do
+NOTED = 0.05  # of the box's width: by more than this, it is counted as an intervention
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ class _Count:
 def box_gate(low: Floats, high: Floats) -> GateConfig:
     """Limits of an environment's action box: what lies outside is moved onto its edge, as simulators do, and counted."""
     box = GroupLimits("all", 0, len(low), low=tuple(float(x) for x in low), high=tuple(float(x) for x in high))
-    return GateConfig((box,), slack=CLIPPING)
+    return GateConfig((box,), slack=CLIPPING, quiet=NOTED)
 
 
 def generator_seed(*parts: int) -> int:

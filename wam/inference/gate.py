@@ -81,6 +81,7 @@ class GateConfig:
         groups: limits; without any, numbers must still be finite.
         otherwise: what becomes of a plan that breaks a rule.
         slack: part of a position's range by which an action may overshoot and is moved onto the limit.
+        quiet: part of a position's range by which an action may be moved onto the limit without being counted: experts' actions lie on the edge, and what imitates them overshoots a little.
         blend: first actions of a plan that are mixed, less and less, with what the earlier plan promised for the same steps.
         max_age_s: oldest observation that a plan may rest on when it is let through; None: as old as it is.
     """
@@ -88,6 +89,7 @@ class GateConfig:
     groups: tuple[GroupLimits, ...] = ()
     otherwise: Otherwise = "hold"
     slack: float = 0.05
+    quiet: float = 0.0
     blend: int = 0
     max_age_s: float | None = None
 
@@ -96,6 +98,8 @@ class GateConfig:
             raise ValueError(f"the gate's otherwise is {self.otherwise!r}; expected hold, stop or raise")
         if not 0 <= self.slack < 1:
             raise ValueError(f"the gate's slack is {self.slack}; expected a part of a position's range, 0 <= slack < 1")
+        if not 0 <= self.quiet <= self.slack:
+            raise ValueError(f"the gate's quiet is {self.quiet}; expected a part of a position's range, 0 <= quiet <= slack = {self.slack}")
         if self.blend < 0:
             raise ValueError(f"the gate's blend is {self.blend}; expected a number of actions, 0 for none")
         if self.max_age_s is not None and not self.max_age_s > 0:
@@ -204,7 +208,7 @@ class Gate:
             width = np.where(np.isfinite(high - low), high - low, 0.0)
             near = np.clip(x, low, high)
             small = np.abs(x - near) <= self.config.slack * width
-            moved |= (small & (np.abs(x - near) > _room(low, high))).any(axis=1)
+            moved |= (small & (np.abs(x - near) > np.maximum(self.config.quiet * width, _room(low, high)))).any(axis=1)
             x[small] = near[small]
         return moved
 
