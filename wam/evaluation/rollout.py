@@ -190,7 +190,7 @@ def _goal_images(policy: Policy, config: RolloutConfig) -> GoalImages | None:
     planner = config.planner
     if planner.goal == "language" and (planner.kind == "none" or planner.score != "goal"):
         return None
-    return GoalImages(config.env, max_steps=config.max_steps, **camera_settings(policy))
+    return GoalImages(config.env, **camera_settings(policy))
 
 
 def _gate(policy: Policy, config: RolloutConfig) -> GateConfig | None:
