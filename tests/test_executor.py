@@ -13,8 +13,9 @@ from fake_robot import FakeRobot, FakeVector, fake_policy
 from wam.config import CheckConfig, ExecutionConfig, PlannerConfig, SamplingConfig
 from wam.evaluation.episodes import Driver, Episode, Watcher
 from wam.inference.check import LEVELS, Floors, Horizon, Source, SurpriseScale
-from wam.inference.executor import Loop, check_times, held
+from wam.inference.executor import check_times
 from wam.inference.gate import GateConfig, GroupLimits
+from wam.inference.robot import Loop, held
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy
 

@@ -21,8 +21,9 @@ from wam.evaluation.disturbances import extra_delay
 from wam.evaluation.environments import Event, Floats, Frames, StepResult
 from wam.evaluation.vector import VectorEnv
 from wam.inference.check import SurpriseScale
-from wam.inference.executor import Executor, Loop, Made, Robot
+from wam.inference.executor import Executor
 from wam.inference.gate import Gate, GateConfig, GroupLimits
+from wam.inference.robot import Loop, Made, Robot
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy
 

@@ -40,8 +40,9 @@ from wam.evaluation.vector import VectorEnv
 from wam.files import write_json_atomic
 from wam.inference.budget import choose
 from wam.inference.check import SurpriseScale, load_scale
-from wam.inference.executor import Loop, check_times
+from wam.inference.executor import check_times
 from wam.inference.gate import GateConfig, read_gate
+from wam.inference.robot import Loop
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy, from_pretrained
 from wam.relations import MODES, untrained_mode_warning
