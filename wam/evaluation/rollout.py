@@ -78,7 +78,7 @@ def rollout(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, 
     config, choice = within_budget(policy, config, path)
     results = open_results(path, identity(Path(checkpoint), policy, config, replan_of(policy, config)))
     todo = [mode for mode in config.modes if not is_complete(results["modes"].get(mode), config)]
-    if not todo:
+    if not todo and results["finished"]:
         log.info("%s already holds these episodes, with the same weights and settings; nothing to do", path)
         return results
     results |= {"finished": None} | ({} if choice is None else {"budget": choice})
