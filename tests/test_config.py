@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from wam.config import CodecConfig, Config, ConfigError, LevelsConfig, NoiseConfig, TimelineConfig, TrainingConfig, from_dict, load_config, save_config, to_dict
+from wam.evaluation.compare.settings import load_compare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,4 +128,8 @@ def test_every_config_in_the_repository_loads() -> None:
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     assert paths, "configs/ holds no YAML file"
     for path in paths:
+        if path.name.startswith("compare"):  # a comparison of several runs: their shared config, and what differs
+            settings, overrides = load_compare(path)
+            assert load_config(path.parent / settings.config, overrides).output.startswith("runs/")
+            continue
         assert load_config(path).output.startswith("runs/"), f"{path} writes outside runs/, which git ignores"
