@@ -342,7 +342,7 @@ def test_what_it_tells_of_itself(server: Running) -> None:
 def test_it_is_ready_once_it_has_planned_and_stops_when_what_is_asked_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, warm = make_worker(), threading.Event()
     warm_up = worker.warm_up
-    monkeypatch.setattr(worker, "warm_up", lambda: (warm.wait(10), warm_up()))
+    monkeypatch.setattr(worker, "warm_up", lambda *loaded: (warm.wait(10), warm_up(*loaded)))
     running = Running(worker, ServeOptions(port=0, grace_s=5.0))
     running._thread.start()
     until = time.monotonic() + 10
@@ -376,7 +376,7 @@ def test_it_is_ready_once_it_has_planned_and_stops_when_what_is_asked_is_answere
 def test_a_model_that_cannot_plan_never_becomes_ready(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "wam.serving.worker")
     worker = make_worker()
-    monkeypatch.setattr(worker, "warm_up", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    monkeypatch.setattr(worker, "warm_up", lambda *loaded: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(RuntimeError, match="could not be warmed up: no room"):
         Running(worker, ServeOptions(port=0)).start()
 

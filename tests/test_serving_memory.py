@@ -148,7 +148,7 @@ def test_moments_that_are_not_said() -> None:
         seen = []
         for i in range(3):
             request = replace(_request(0, timestamp=None), dialect=dialect)
-            seen.append(memory.see(request, 5 + i / 8))
+            seen.append(memory.see(request, 5 + i / 8).step)
             if i == 0:
                 _planned(memory)
         assert seen == expected, "as many steps as the last plan had actions; asking again at once is the same moment"

@@ -9,6 +9,7 @@ zeros.
     state    (whole)                      is found as   observation/state, observation.state, state
              groups joint_position, ...   are found as  observation/joint_position, state.joint_position, joint_position
     prompt                                is found as   prompt, task, instruction
+    goal (where the policy takes one)     is found as   goal/corner4, ...; where it is the only camera, also goal/image
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SPACES: tuple[ActionSpace, ...] = ("joint_position", "joint_velocity", "cartesia
 WHOLE_STATE = ("observation/state", "observation.state", "state")
 PROMPT = ("prompt", "task", "instruction")
 ONLY_CAMERA = ("observation/image", "observation.image", "image")
+GOAL = "goal/"
 EXTERIOR = "exterior_image_"
 MAX_SIDE = 4096
 
@@ -63,6 +65,7 @@ class Contract:
     modes: tuple[str, ...]
     keys: Mapping[str, str] = field(default_factory=dict)
     action_space: ActionSpace = "joint_position"
+    takes_goal: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -94,6 +97,7 @@ class Contract:
             modes=modes,
             keys=dict(keys or {}),
             action_space=action_space,
+            takes_goal=config.model.goal_image,
             about=dict(about or {}),
         )
         known = [*out.cameras, *(short(c) for c in out.cameras), *(g.name for g in robot.state_groups), "state", "prompt"]
@@ -129,6 +133,8 @@ class Contract:
             "frames_per_block": self.frames_per_block,
             "context_blocks": self.blocks,
             "needs_state": self.needs_state,
+            "takes_goal": self.takes_goal,
+            "modes": list(self.modes),
             # what RoboArena's clients read
             "image_resolution": list(self.canvas.stored),
             "needs_wrist_camera": len(exterior) < len(self.cameras),
@@ -186,6 +192,28 @@ class Contract:
         if not isinstance(text, str) or not text.strip():
             raise ServingError("wrong_type", f"the prompt is {_kind(text)}", "send an instruction as text, such as 'open the drawer'")
         return text
+
+    def goal(self, message: Mapping[str, Any]) -> np.ndarray | None:
+        """A picture of what is to come about, as the policy sees it, uint8 (H, W, 3); None where none was sent.
+
+        Raises:
+            ServingError: the policy takes none, or a camera's is missing or no picture.
+        """
+        if not any(key.startswith(GOAL) for key in message):
+            return None
+        if not self.takes_goal:
+            raise ServingError("bad_value", "a goal image was sent, and this policy takes none", "leave goal/... out, or serve a checkpoint trained with model.goal_image")
+        views = []
+        for camera in self.cameras:
+            names = [GOAL + short(camera), *([GOAL + "image"] if len(self.cameras) == 1 else [])]
+            key = next((name for name in names if message.get(name) is not None), None)
+            if key is None:
+                raise ServingError("missing_key", f"the goal of camera {short(camera)!r} is missing", f"send it as {names[0]}, uint8 (height, width, 3)")
+            picture = _picture(key, message[key])
+            if len(picture) != 1:
+                raise ServingError("wrong_shape", f"{key} has {len(picture)} frames", "send one picture, (height, width, 3)")
+            views.append(picture)
+        return np.array(self.canvas.compose(views)[0])
 
     def actions(self, name: str, value: Any, most: int) -> np.ndarray:
         """Actions (n, d) that a client sends, n up to `most`.

@@ -49,6 +49,21 @@ class TimeRules:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What an observation was taken for.
+
+    Attributes:
+        step: control step of its newest frame.
+        before: of the observation before it on the same clock; None: the memory begins with it.
+        times: control step of each frame.
+    """
+
+    step: int
+    before: int | None
+    times: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Sent:
     """A plan that was sent: its actions are for control steps `start`, `start + 1`, ..."""
 
@@ -68,8 +83,8 @@ class RobotMemory(StepMemory):
 
     # ------------------------------------------------------------------------------------------ seeing
 
-    def see(self, request: Request, arrival: float) -> int:
-        """Take in an observation; returns its step.
+    def see(self, request: Request, arrival: float) -> Seen:
+        """Take in an observation.
 
         Args:
             arrival: seconds on the server's clock.
@@ -82,17 +97,19 @@ class RobotMemory(StepMemory):
         now = round(exact)
         if self.now is not None and now < self.now:
             raise ServingError("stale_observation", f"the observation is {self.now - now} control steps older than the newest", "send observations in order, with a timestamp that rises")
-        elapsed = 0 if self.now is None else now - self.now
+        before = self.now
+        elapsed = 0 if before is None else now - before
         if request.executed is not None and len(request.executed) != elapsed:
             raise ServingError("bad_value", f"executed holds {len(request.executed)} actions, and {elapsed} control steps have passed", "send an action for each control step since the last observation")
         self._note_executed(request, elapsed)
-        for at, frame in zip(self._times(request, exact, elapsed), request.frames, strict=True):
+        times = self._times(request, exact, elapsed)
+        for at, frame in zip(times, request.frames, strict=True):
             self._add_frame(at, frame)
         if request.state is not None:
             self.states.append((float(now), request.state))
         self.now = now
         self.forget()
-        return now
+        return Seen(now, before, tuple(times))
 
     def _moment(self, request: Request, arrival: float) -> float:
         clock = "client" if request.timestamp is not None else self._unsaid(request)
@@ -142,6 +159,17 @@ class RobotMemory(StepMemory):
             action = request.executed[step - self.now] if request.executed is not None else self.planned(step)
             if action is not None:
                 self.executed[step] = action
+
+    def since(self, before: int | None, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """What was planned and what was executed at the steps `before` to `step` (n, d) each; NaN where there is nothing, and at most as many steps as are remembered, and one."""
+        count = 0 if before is None else min(step - before, self.kept + 1)
+        planned, executed = (np.full((count, self.contract.robot.raw_action_dim), np.nan, np.float32) for _ in range(2))
+        for i in range(count):
+            assert before is not None
+            for row, action in ((planned, self.planned(before + i)), (executed, self.executed.get(before + i))):
+                if action is not None:
+                    row[i] = action
+        return planned, executed
 
     def planned(self, step: int) -> np.ndarray | None:
         """What was last planned for a step, or None."""

@@ -7,7 +7,8 @@
       reset_session                  session holds
 
 openpi's and RoboArena's clients take every text frame for an error and raise, so a robot that gets one holds.  All dialects may carry
-the optional keys: session_id, timestamp, frame_times, executed, committed, commit_steps, gap, deadline_ms, mode, steps, seed, embodiment.
+the optional keys: session_id, timestamp, frame_times, executed, committed, commit_steps, gap, deadline_ms, mode, steps, seed, embodiment,
+goal/CAMERA, want; a reset may carry outcome.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from wam.serving.wire import pack
 
 Dialect = Literal["openpi", "roboarena", "wam"]
 Kind = Literal["plan", "observe", "reset"]
+Outcome = Literal["success", "failed"]
 ENDPOINTS: dict[str, tuple[Dialect, Kind]] = {
     "infer": ("roboarena", "plan"),
     "reset": ("roboarena", "reset"),
@@ -52,6 +54,9 @@ class Request:
         gap: something else than planned was done since the observation before, and nobody knows what.
         deadline_s: after its arrival the plan is of no use.
         steps: solver steps.
+        goal: a picture of what is to come about, uint8 (H, W, 3), as the policy sees it.
+        want_imagined: the reply is to hold what the plan imagined, as pictures.
+        outcome: with a reset: what came of the episode.
     """
 
     dialect: Dialect
@@ -70,6 +75,9 @@ class Request:
     mode: str | None = None
     steps: int | None = None
     seed: int | None = None
+    goal: np.ndarray | None = None
+    want_imagined: bool = False
+    outcome: Outcome | None = None
     request_id: str | int | None = None
 
 
@@ -98,7 +106,7 @@ def parse(message: Mapping[str, Any], contract: Contract) -> Request:
     dialect, kind = dialect_of(message)
     session_id, request_id = _name(message, "session_id"), _request_id(message)
     if kind == "reset":
-        return Request(dialect, kind, session_id, request_id=request_id)
+        return Request(dialect, kind, session_id, outcome=_outcome(message), request_id=request_id)
     robot = message.get("embodiment")
     if robot is not None and not (isinstance(robot, str) and robot == contract.robot.name):
         raise ServingError("unknown_embodiment", f"embodiment is {str(robot)[:40]!r}, and this server plans for {contract.robot.name!r}", "connect to a server of your robot's policy")
@@ -123,6 +131,8 @@ def parse(message: Mapping[str, Any], contract: Contract) -> Request:
         mode=_mode(message, contract),
         steps=_whole(message, "steps", 1, MAX_STEPS),
         seed=_whole(message, "seed", 0, 2**62),
+        goal=contract.goal(message),
+        want_imagined=_wants(message),
         request_id=request_id,
     )
 
@@ -184,6 +194,22 @@ def _mode(message: Mapping[str, Any], contract: Contract) -> str | None:
     if mode is not None and not (isinstance(mode, str) and mode in contract.modes):
         raise ServingError("unknown_mode", f"mode is {str(mode)[:40]!r}", f"ask for one that this policy acts in: {', '.join(contract.modes)}")
     return mode
+
+
+def _wants(message: Mapping[str, Any]) -> bool:
+    value = message.get("want")
+    if value not in (None, "imagined"):
+        raise ServingError("bad_value", f"want is {str(value)[:40]!r}", "send imagined, or nothing")
+    return value is not None
+
+
+def _outcome(message: Mapping[str, Any]) -> Outcome | None:
+    value = message.get("outcome")
+    if isinstance(value, str) and value in ("success", "failed"):
+        return "success" if value == "success" else "failed"
+    if value is not None:
+        raise ServingError("bad_value", f"outcome is {str(value)[:40]!r}", "send success or failed, or nothing")
+    return None
 
 
 def _times(value: Any, count: int) -> np.ndarray:

@@ -32,10 +32,23 @@ class Metrics:
         self.connections = Gauge("wam_connections", "clients that are connected", registry=r)
         self.queue = Gauge("wam_queue_length", "requests that wait for the model", registry=r)
         self.ready = Gauge("wam_ready", "1 once the model is warm", registry=r)
+        self.surprise = Histogram("wam_surprise", "what came beside what was imagined; 1: as far off as 1 in 20 held-out frames", registry=r, buckets=(0.25, 0.5, 0.75, 0.85, 1, 1.25, 1.5, 2, 3, 5))
+        self.surprises = Counter("wam_surprises_total", "comparisons of plans with what came", ["what"], registry=r)
+        self.reloads = Counter("wam_reloads_total", "checkpoints that were to be taken up", ["result"], registry=r)
+        self.reloading = Gauge("wam_reloading", "1 while another checkpoint is loaded and warmed up", registry=r)
+        self.recorded = Counter("wam_recording_episodes_total", "episodes that were recorded", registry=r)
+        self.unrecorded = Counter("wam_recording_dropped_total", "what was not recorded: events for which there was no room, episodes that could not be written or had no instruction or state", ["what"], registry=r)
+        self.recording_queue = Gauge("wam_recording_queue_bytes", "pictures that wait to be recorded", registry=r)
         self.received = Counter("wam_received_bytes_total", "bytes of messages received", registry=r)
         self.sent = Counter("wam_sent_bytes_total", "bytes of messages sent", registry=r)
         for reason in (*CUTS, CLIPPED, BLENDED):
             self.gate.labels(reason)
+        for what in ("surprised", "expected", "still"):
+            self.surprises.labels(what)
+        for result in ("loaded", "refused", "failed"):
+            self.reloads.labels(result)
+        for what in ("event", "episode"):
+            self.unrecorded.labels(what)
 
     def stages(self, milliseconds: Mapping[str, float]) -> None:
         """Note a plan's stages."""

@@ -26,12 +26,14 @@ from websockets.http11 import Response
 
 from wam.serving.contract import Contract
 from wam.serving.errors import ServingError
+from wam.serving.events import Ended, Refused, observed
+from wam.serving.job import Job, internal
 from wam.serving.logs import event
 from wam.serving.messages import Dialect, Request, dialect_of, done_reply, error_reply, parse, plan_reply
 from wam.serving.options import ServeOptions
 from wam.serving.sessions import Entry, SessionStore
 from wam.serving.wire import pack, unpack
-from wam.serving.worker import Job, Worker
+from wam.serving.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +161,7 @@ class PolicyServer:
 
     def _ended(self, why: str, keys: list[str]) -> None:
         for key in keys:
+            self.worker.tell(Ended(key, why))
             self.metrics.evicted.labels(why).inc()
             event(log, "session ended", session=key, why=why)
         self.metrics.sessions.set(len(self.store.entries))
@@ -216,6 +219,7 @@ class PolicyServer:
             self.metrics.connections.set(self._connections)
             for own in client.own:
                 self.store.drop(own)
+                self.worker.tell(Ended(own, "disconnected"))
             self.metrics.sessions.set(len(self.store.entries))
             event(log, "disconnected", client=key, code=socket.close_code)
 
@@ -246,10 +250,8 @@ class PolicyServer:
         except ConnectionClosed:
             raise
         except Exception as error:
-            number = uuid.uuid4().hex[:12]
-            log.error("error %s", number, exc_info=error)
             self.metrics.errors.labels("internal_error").inc()
-            return error_reply(dialect, ServingError("internal_error", f"something is wrong with the server (number {number})", "hold; the server's log says more under this number"), request_id)
+            return error_reply(dialect, internal(error), request_id)
 
     async def _do(self, client: Client, request: Request, arrival: float) -> str | bytes:
         """What a request asks for, one at a time of each robot."""
@@ -264,12 +266,19 @@ class PolicyServer:
             extra = {name: value for name, value in named.items() if value is not None}
             if request.kind == "reset":
                 entry.reset()
+                self.worker.tell(Ended(key, "reset", request.outcome))
                 return done_reply(request.dialect, {"status": "reset", **extra})
             if request.kind == "observe":
-                step = entry.memory.see(request, arrival)
+                seen = entry.memory.see(request, arrival)
                 entry.prompt = entry.prompt if request.prompt is None or entry.session is not None else request.prompt
-                return done_reply(request.dialect, {"status": "observed", "step": step, "frames": len(entry.memory.frames), **extra})
-            reply = await self._plan(client, entry, request, arrival)
+                if self.worker.watchers:
+                    self.worker.tell(observed(key, entry.memory, request, seen, entry.prompt))
+                return done_reply(request.dialect, {"status": "observed", "step": seen.step, "frames": len(entry.memory.frames), **extra})
+            try:
+                reply = await self._plan(client, entry, request, arrival)
+            except ServingError as error:
+                self.worker.tell(Refused(key, error.code, error.message))
+                raise
             if client.last_total_ms is not None:
                 reply["server_timing"]["prev_total_ms"] = client.last_total_ms
             client.last_total_ms = (time.monotonic() - arrival) * 1e3

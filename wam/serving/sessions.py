@@ -12,11 +12,17 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from wam.inference.session import Session
 from wam.serving.contract import Contract
 from wam.serving.errors import ServingError
 from wam.serving.memory import RobotMemory, TimeRules
+
+if TYPE_CHECKING:
+    from wam.serving.surprise import Foreseen
 
 
 @dataclass
@@ -24,7 +30,9 @@ class Entry:
     """One robot.
 
     Attributes:
-        session: made with the first plan; made anew when the instruction changes.
+        session: made with the first plan; made anew when the instruction or the goal changes, and for other weights.
+        goal: a picture, uint8 (H, W, 3), as the policy sees it.
+        foreseen: what the newest plan imagined, for comparing.
         stopped: why the gate stopped it, until a reset.
         lock: held while a request of this robot is worked on.
     """
@@ -35,6 +43,8 @@ class Entry:
     session: Session | None = None
     prompt: str | None = None
     seed: int | None = None
+    goal: np.ndarray | None = None
+    foreseen: Foreseen | None = None
     stopped: str | None = None
     plans: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -42,7 +52,8 @@ class Entry:
     def reset(self) -> None:
         """As if it had just been made, but for its place in the store."""
         self.memory.restart()
-        self.session, self.prompt, self.seed, self.stopped, self.plans = None, None, None, None, 0
+        self.session = self.prompt = self.seed = self.goal = self.foreseen = self.stopped = None
+        self.plans = 0
 
 
 @dataclass

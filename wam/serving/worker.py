@@ -2,6 +2,7 @@
 
     event loop   job ->  [ queue ]                        -> future resolved
     worker               take one, wait a little for others -> see, tell the sessions, plan (one forward) -> gate -> reply
+    swap                 between two batches: other weights; every session is made anew, and told what its robot's memory holds
 
 While a batch is computed the next one gathers.  A lone robot never waits: the wait is only as long as other robots are likely to come
 (as many as there are that planned lately), and is bounded.  A job whose client has gone, or whose deadline has passed, is not worked on.
@@ -11,70 +12,36 @@ When a batch fails, each of its robots is planned for alone, with its memory tol
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import queue
 import threading
 import time
-import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from wam.inference.batch import Call, Think, run
-from wam.inference.gate import MAX_HISTORY, Gate, GateRefusal
+from wam.inference.check import SurpriseScale, imagines
+from wam.inference.gate import Gate
 from wam.inference.session import Plan, Session
 from wam.model.conditions import Conditions
 from wam.pretrained import Policy
 from wam.serving.contract import Contract
 from wam.serving.errors import ServingError
-from wam.serving.memory import Sent
+from wam.serving.events import Event, Planned, Watcher, observed
+from wam.serving.job import Job, internal
 from wam.serving.messages import Request
 from wam.serving.metrics import Metrics
+from wam.serving.outgoing import in_time, let_through, pictures_of, reply_to
 from wam.serving.sessions import Entry
+from wam.serving.surprise import Source, Surprises
 
 log = logging.getLogger(__name__)
 
 LATELY_S = 5.0  # a robot that planned this lately is likely to come again
-
-
-@dataclass
-class Job:
-    """A plan that is wanted.
-
-    Attributes:
-        arrival, decode_s: when the message came (`time.monotonic`), and how long reading it took.
-        gone: set when nobody waits for it any more.
-        committed: actions of the plan that are decided already (1, n, d).
-    """
-
-    entry: Entry
-    request: Request
-    arrival: float
-    decode_s: float
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[dict[str, Any]]
-    gone: threading.Event = field(default_factory=threading.Event)
-    committed: np.ndarray | None = None
-
-    @property
-    def deadline(self) -> float | None:
-        return None if self.request.deadline_s is None else self.arrival + self.request.deadline_s
-
-    def resolve(self, result: dict[str, Any] | Exception) -> None:
-        """Hand the result to the event loop."""
-
-        def settle() -> None:
-            if not self.future.done():
-                self.future.set_exception(result) if isinstance(result, Exception) else self.future.set_result(result)
-
-        try:
-            self.loop.call_soon_threadsafe(settle)
-        except RuntimeError:  # the loop has closed: the server is gone, and so is whoever asked
-            log.debug("a plan was made for a loop that has closed")
 
 
 @dataclass(frozen=True)
@@ -85,6 +52,8 @@ class WorkerOptions:
         mode, seed, steps: where a request does not say; steps None: the checkpoint's.
         max_batch: robots in a forward pass.
         wait_s: longest that the first of a batch waits for others.
+        check: what is compared with what comes, where the checkpoint is calibrated; auto: what plans imagine, if they do.
+        check_steps: solver steps of `forward`, where that is compared.
     """
 
     mode: str
@@ -92,6 +61,8 @@ class WorkerOptions:
     max_batch: int = 16
     wait_s: float = 0.003
     steps: int | None = None
+    check: Source = "auto"
+    check_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -100,26 +71,47 @@ class WorkerOptions:
             raise ValueError(f"wait_s is {self.wait_s}; expected seconds, 0 to 1")
 
 
-class Worker:
-    """See the module's docstring."""
+@dataclass
+class Swap:
+    """Other weights, for the thread to go on with; `done` once it does."""
 
-    def __init__(self, policy: Policy, contract: Contract, gate: Gate, options: WorkerOptions, metrics: Metrics):
+    policy: Policy
+    contract: Contract
+    surprises: Surprises | None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Worker:
+    """See the module's docstring.
+
+    Attributes:
+        watchers: told what happens to robots (`wam.serving.events`); filled before the thread starts.
+    """
+
+    def __init__(self, policy: Policy, contract: Contract, gate: Gate, options: WorkerOptions, metrics: Metrics, scale: SurpriseScale | None = None):
+        """Nothing runs yet; see `start`.
+
+        Raises:
+            ValueError: a check is asked for that cannot be made.
+        """
         self.policy, self.contract, self.gate, self.options, self.metrics = policy, contract, gate, options, metrics
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.surprises = self.surprises_of(policy, scale)
+        self.watchers: list[Watcher] = []
+        self._queue: queue.SimpleQueue[Job | Swap | None] = queue.SimpleQueue()
         self._texts: weakref.WeakValueDictionary[str, Conditions] = weakref.WeakValueDictionary()  # of sessions that live
         self._lately: dict[str, float] = {}
         self._waiting = 0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    # ------------------------------------------------------------------------------------------ from the event loop
+    # ------------------------------------------------------------------------------------------ from elsewhere
 
     def start(self, warmed: Callable[[Exception | None], None]) -> None:
         """Start the thread; `warmed` is called in it once the model has planned, or with what went wrong."""
 
         def work() -> None:
             try:
-                self.warm_up()
+                self.warm_up(self.policy, self.contract)
             except Exception as error:
                 log.exception("the model could not be warmed up")
                 warmed(error)
@@ -137,6 +129,31 @@ class Worker:
         self._queue.put(job)
         self.metrics.queue.set(self._waiting)
 
+    def swap(self, policy: Policy, contract: Contract, scale: SurpriseScale | None, timeout: float) -> None:
+        """Go on with other weights after the batch that is computed now; they have been warmed up.  Blocks until it is so.
+
+        Raises:
+            ValueError: a check is asked for that cannot be made with them.
+            TimeoutError: the thread did not come to it.
+        """
+        swap = Swap(policy, contract, self.surprises_of(policy, scale))
+        self._queue.put(swap)
+        if not swap.done.wait(timeout):
+            raise TimeoutError(f"the planning thread did not take the new weights within {timeout:g} s; it is still busy with a batch")
+
+    def surprises_of(self, policy: Policy, scale: SurpriseScale | None) -> Surprises | None:
+        """The check of a policy, as the options ask for it."""
+        o = self.options
+        return Surprises.of(policy, scale, o.check, o.mode, policy.config.sampling.with_steps(o.steps).steps, o.check_steps)
+
+    def tell(self, event: Event) -> None:
+        """Tell watchers; what goes wrong with one of them is logged, and costs no robot its plan."""
+        for watcher in self.watchers:
+            try:
+                watcher(event)
+            except Exception:
+                log.exception("a watcher failed")
+
     def stop(self, timeout: float) -> None:
         """Finish what is queued and end the thread; gives up waiting for it after `timeout` seconds."""
         self._queue.put(None)
@@ -148,41 +165,43 @@ class Worker:
         """Jobs that no forward pass has taken yet."""
         return self._waiting
 
-    # ------------------------------------------------------------------------------------------ the thread
-
-    def warm_up(self) -> None:
+    def warm_up(self, policy: Policy, contract: Contract) -> None:
         """Plan once for one robot, and once for a batch: kernels are chosen, buffers allocated, code compiled."""
-        t, size = self.policy.config.timeline, self.policy.config.codec.image_size
-        state = np.zeros((1, self.contract.robot.raw_state_dim), np.float32)
-        think = Think(self.options.mode, self.policy.config.sampling.with_steps(self.options.steps))
-        count = min(2, self.options.max_batch)
-        for robots in sorted({1, count}):
-            sessions = [self._session("warm up", self.options.seed) for _ in range(robots)]
+        t, size = policy.config.timeline, policy.config.codec.image_size
+        state = np.zeros((1, contract.robot.raw_state_dim), np.float32)
+        think = Think(self.options.mode, policy.config.sampling.with_steps(self.options.steps))
+        for robots in sorted({1, min(2, self.options.max_batch)}):
+            sessions = [Session(policy, ["warm up"], contract.robot.name, [self.options.seed]) for _ in range(robots)]
             for session in sessions:
                 session.observe(np.zeros((1, 1, *size, 3), np.uint8), state)
             plans = run(sessions, [[think]] * robots)
             assert all(plan is not None and plan.actions is not None and plan.actions.shape[1] <= t.actions_per_block for plan in plans)
 
+    # ------------------------------------------------------------------------------------------ the thread
+
     def _serve(self) -> None:
-        while True:
-            job = self._queue.get()
-            if job is None:
-                return
-            batch, last = self._gather(job)
+        job: Job | Swap | None = self._queue.get()
+        while job is not None:
+            if isinstance(job, Swap):
+                self.policy, self.contract, self.surprises = job.policy, job.contract, job.surprises
+                self._texts.clear()
+                job.done.set()
+                job = self._queue.get()
+                continue
+            batch, after = self._gather(job)
             with self._lock:
                 self._waiting -= len(batch)
             self.metrics.queue.set(self._waiting)
             try:
                 self._work(batch)
             except Exception as error:  # nothing that a robot sent may end the thread that the others live on
-                refusal = _internal(error)
+                refusal = internal(error)
                 for each in batch:
                     each.resolve(refusal)
-            if last:
-                return
+            job = self._queue.get() if after is batch else after
 
-    def _gather(self, first: Job) -> tuple[list[Job], bool]:
-        """The jobs of the next forward pass, and whether the server stops after it."""
+    def _gather(self, first: Job) -> tuple[list[Job], Any]:
+        """The jobs of the next forward pass, and what came after them that is none (a swap; None: the server stops), or the jobs again."""
         now = time.monotonic()
         self._lately = {key: at for key, at in self._lately.items() if now - at < LATELY_S}
         expected = min(self.options.max_batch, len(self._lately | {first.entry.key: now}))
@@ -192,11 +211,11 @@ class Worker:
                 left = until - time.monotonic() if len(batch) < expected else 0.0
                 job = self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait()
             except queue.Empty:
-                return batch, False
-            if job is None:
-                return batch, True
+                break
+            if not isinstance(job, Job):
+                return batch, job
             batch.append(job)
-        return batch, False
+        return batch, batch
 
     def _work(self, batch: list[Job]) -> None:
         started = time.monotonic()
@@ -208,12 +227,28 @@ class Worker:
             try:
                 ready.append((job, *self._prepare(job)))
             except Exception as error:
-                job.resolve(error if isinstance(error, ServingError) else _internal(error))
-        for job, result in zip([job for job, _, _ in ready], self._plans(ready), strict=True):
+                job.resolve(error if isinstance(error, ServingError) else internal(error))
+        answered = list(zip([job for job, _, _ in ready], self._plans(ready), strict=True))
+        sent: list[tuple[Job, Plan, dict[str, Any]]] = []
+        for job, result in sorted(answered, key=lambda pair: pair[0].request.want_imagined):  # decoding takes time, and others wait
             try:
-                job.resolve(result if isinstance(result, Exception) else self._finish(job, result, started, len(ready)))
+                if isinstance(result, Exception):
+                    raise result
+                reply = self._finish(job, result, started, len(ready))
+                job.resolve(reply)
+                sent.append((job, result, reply))
             except Exception as error:
-                job.resolve(_internal(error))
+                job.resolve(error if isinstance(error, ServingError) else internal(error))
+        if self.surprises is not None and sent:
+            self._foresee(self.surprises, sent)
+
+    def _foresee(self, surprises: Surprises, sent: Sequence[tuple[Job, Plan, dict[str, Any]]]) -> None:
+        try:
+            surprises.foresee(sent)
+        except Exception:
+            log.exception("what plans lead to could not be imagined; they are not checked")
+            for job, _, _ in sent:
+                job.entry.foreseen = None
 
     def _prepare(self, job: Job) -> tuple[Session, list[Call]]:
         """What the robot's session is to be told and asked.
@@ -222,24 +257,48 @@ class Worker:
             ServingError: nothing can be planned for it.
         """
         entry, request = job.entry, job.request
-        self._in_time(job)
+        in_time(job, self.metrics)
         if entry.stopped is not None:
             raise ServingError("stopped", f"the gate stopped this session: {entry.stopped}", "look at the robot, then reset the session")
-        prompt = request.prompt or entry.prompt
+        goal = entry.goal if request.goal is None else request.goal
+        prompt = request.prompt or entry.prompt or (None if goal is None else "")
         if prompt is None:
             raise ServingError("missing_key", "the prompt is missing", "send an instruction with the first message of a session")
-        entry.memory.see(request, job.arrival)
+        seen = entry.memory.see(request, job.arrival)
+        if self.watchers:
+            self.tell(observed(entry.key, entry.memory, request, seen, prompt))
+        self._compare(job, begins=seen.before is None)
         seed = request.seed if request.seed is not None else entry.seed if entry.seed is not None else self.options.seed
-        if entry.session is None or prompt != entry.prompt or seed != entry.seed:
-            entry.session, entry.memory.head = self._session(prompt, seed), None
-            entry.prompt, entry.seed = prompt, seed
+        same = prompt == entry.prompt and seed == entry.seed and (goal is entry.goal or (goal is not None and entry.goal is not None and np.array_equal(goal, entry.goal)))
+        entry.prompt, entry.seed, entry.goal = prompt, seed, goal
+        if entry.session is None or not same or entry.session.policy is not self.policy:
+            entry.session, entry.memory.head = self._session(entry), None
         calls, anew = entry.memory.calls(entry.session)
         self.metrics.restarts.labels("anew" if anew else "same" if not calls else "appended" if entry.memory.head is not None and len(calls) == 2 else "begun").inc()
         return entry.session, [*calls, self._think(job)]
 
+    def _compare(self, job: Job, begins: bool) -> None:
+        """What came of the plan before."""
+        entry = job.entry
+        if begins or self.surprises is None:
+            entry.foreseen = None
+            return
+        job.surprise = self.surprises.compare(entry.memory, entry.foreseen)
+        if job.surprise is not None:
+            self.metrics.surprise.observe(job.surprise["value"])
+            self.metrics.surprises.labels("surprised" if job.surprise["surprised"] else "still" if job.surprise["still"] else "expected").inc()
+
     def _think(self, job: Job) -> Think:
         request, job.committed = job.request, self._committed(job.entry, job.request)
-        return Think(request.mode or self.options.mode, self.policy.config.sampling.with_steps(request.steps or self.options.steps), job.committed)
+        job.mode = request.mode or self.options.mode
+        sampling = self.policy.config.sampling.with_steps(request.steps or self.options.steps)
+        job.steps = sampling.steps
+        if job.mode not in self.contract.modes:  # it was parsed before other weights came
+            raise ServingError("unknown_mode", f"mode is {job.mode!r}", f"ask for one that this policy acts in: {', '.join(self.contract.modes)}")
+        if request.want_imagined and not imagines(self.policy, job.mode):
+            able = [mode for mode in self.contract.modes if imagines(self.policy, mode)]
+            raise ServingError("bad_value", f"want is imagined, and plans in mode {job.mode!r} imagine no video", f"ask for a mode that does: {', '.join(able) or 'this policy has none'}")
+        return Think(job.mode, sampling, job.committed)
 
     def _committed(self, entry: Entry, request: Request) -> np.ndarray | None:
         """The first actions of the plan that are decided already, (1, n, d)."""
@@ -255,12 +314,12 @@ class Worker:
             raise ServingError("wrong_shape", f"{len(committed)} actions are committed", f"send up to {self.contract.shortest_plan}, which a plan has")
         return committed[None] if len(committed) else None
 
-    def _session(self, prompt: str, seed: int) -> Session:
-        session = Session(self.policy, [prompt], self.contract.robot.name, [seed])
-        known = self._texts.get(prompt)
-        if known is not None:  # the same tensors for the same words: a batch then holds them once
-            session.instructions = session.conditions = known
-        self._texts[prompt] = session.instructions
+    def _session(self, entry: Entry) -> Session:
+        """A new session of an entry; the same words have the same tensors, so a batch holds them once."""
+        assert entry.prompt is not None and entry.seed is not None
+        goals = None if entry.goal is None else entry.goal[None]
+        session = Session(self.policy, [entry.prompt], self.contract.robot.name, [entry.seed], goals, self._texts.get(entry.prompt))
+        self._texts[entry.prompt] = session.instructions
         return session
 
     def _plans(self, ready: list[tuple[Job, Session, list[Call]]]) -> list[Plan | Exception]:
@@ -275,7 +334,7 @@ class Worker:
             for job, _, _ in ready:
                 job.entry.session = job.entry.memory.head = None
             if len(ready) == 1:
-                return [_internal(error)]
+                return [internal(error)]
             log.warning("a batch of %d failed (%s); planning for each alone", len(ready), error)
             return [self._alone(job) for job, _, _ in ready]
 
@@ -283,83 +342,35 @@ class Worker:
         """One robot's plan, from a memory that is told anew."""
         entry = job.entry
         try:
-            assert entry.prompt is not None and entry.seed is not None
-            entry.session = self._session(entry.prompt, entry.seed)
+            entry.session = self._session(entry)
             calls, _ = entry.memory.calls(entry.session)
             plan = run([entry.session], [[*calls, self._think(job)]])[0]
             assert plan is not None
             return plan
         except Exception as error:
             entry.session = entry.memory.head = None
-            return error if isinstance(error, ServingError) else _internal(error)
+            return error if isinstance(error, ServingError) else internal(error)
 
-    # ------------------------------------------------------------------------------------------ what goes out
+    def _finish(self, job: Job, plan: Plan, started: float, size: int) -> dict[str, Any]:
+        """The reply to a plan that is let through, in time.
 
-    def _finish(self, job: Job, plan: Plan, started: float, size: int) -> dict[str, Any] | Exception:
-        """The reply to a plan that is let through, in time."""
-        entry = job.entry
+        Raises:
+            ServingError: it is not.
+        """
+        entry, begun = job.entry, time.monotonic()
         entry.memory.head = entry.memory.now
-        assert plan.actions is not None and entry.memory.now is not None and entry.session is not None
-        begun = time.monotonic()
-        now, actions = entry.memory.now, plan.actions[0]
-        if job.committed is not None:
-            actions[: job.committed.shape[1]] = job.committed[0]  # as they were decided: the network's copy is rounded, and clipped to its range
-        before = [a for a in (entry.memory.executed.get(now - i) for i in range(MAX_HISTORY, 0, -1)) if a is not None]
-        promised = [a for a in (entry.memory.planned(now + i) for i in range(len(actions))) if a is not None]
-        try:
-            self._in_time(job)
-            passed = self.gate(actions, np.stack(before) if before else None, np.stack(promised) if promised else None, time.monotonic() - job.arrival)
-            if passed.cut is not None and job.request.dialect == "openpi":
-                raise ServingError("gate_refused", f"{passed.cut.told}, and openpi's clients take whole plans only", "hold; ask again from another observation")
-        except GateRefusal as refusal:
-            self.metrics.gate.labels(refusal.cut.reason).inc(len(actions))
-            if refusal.stops:
-                entry.stopped = str(refusal)
-                return ServingError("stopped", str(refusal), "look at the robot, then reset the session")
-            return ServingError("gate_refused", str(refusal), "hold; ask again from another observation")
-        except ServingError as error:
-            return error
-        for reason, count in passed.interventions.items():
-            self.metrics.gate.labels(reason).inc(count)
-        entry.memory.plans.append(Sent(now, passed.actions))
-        entry.plans += 1
+        passed = let_through(job, plan, self.gate, self.metrics)
+        reply = reply_to(job, plan, passed, started, size, self.contract)
+        done = time.monotonic()
+        waited = {"decode": job.decode_s * 1e3, "queue": reply["server_timing"]["queue_ms"]}
+        self.metrics.stages({**waited, **plan.timings, "gate": (done - begun) * 1e3, "total": (done - job.arrival) * 1e3})
         self._lately[entry.key] = time.monotonic()
-        return self._reply(job, plan, passed, started, begun, size)
-
-    def _reply(self, job: Job, plan: Plan, passed: Any, started: float, begun: float, size: int) -> dict[str, Any]:
-        entry, memory, hz, done = job.entry, job.entry.memory, self.contract.control_hz, time.monotonic()
-        waited = {"decode": job.decode_s * 1e3, "queue": (started - job.arrival - job.decode_s) * 1e3}
-        stages = {**waited, **plan.timings, "gate": (done - begun) * 1e3, "total": (done - job.arrival) * 1e3}
-        self.metrics.stages(stages)
-        steps = (memory.now or 0) / hz
-        start = job.request.timestamp if job.request.timestamp is not None else steps if memory.clock == "steps" else (memory.origin or 0.0) + steps
-        assert entry.session is not None
-        return {
-            "actions": passed.actions,
-            "server_timing": {"infer_ms": (done - started) * 1e3, "queue_ms": stages["queue"], "decode_ms": stages["decode"], "batch": size},
-            "policy_timing": {"infer_ms": sum(plan.timings.values()), **{name.replace(" ", "_") + "_ms": spent for name, spent in plan.timings.items()}},
-            "plan": {
-                "id": uuid.uuid4().hex,
-                "clock": memory.clock,
-                "step": memory.now,
-                "valid_from": float(start),
-                "valid_until": float(start) + len(passed.actions) / hz,
-                "control_dt": 1 / hz,
-                "cut": None if passed.cut is None else {"step": passed.cut.step, "reason": passed.cut.reason, "message": passed.cut.told},
-                "interventions": dict(passed.interventions),
-                "memory_blocks": entry.session.block,
-            },
-        }
-
-    def _in_time(self, job: Job) -> None:
-        late = 0.0 if job.deadline is None else time.monotonic() - job.deadline
-        if late > 0:
-            self.metrics.missed.inc()
-            raise ServingError("deadline_expired", f"the plan's deadline passed {late * 1e3:.0f} ms ago", "hold; ask again from a new observation")
-
-
-def _internal(error: Exception) -> ServingError:
-    """What a client is told of a mistake of ours: a number that the log has too."""
-    number = uuid.uuid4().hex[:12]
-    log.error("error %s", number, exc_info=error)
-    return ServingError("internal_error", f"something is wrong with the server (number {number})", "hold; the server's log says more under this number")
+        if self.watchers:
+            assert entry.memory.now is not None and plan.actions is not None and entry.seed is not None
+            about: dict[str, Any] = {name: reply[name] for name in ("plan", "server_timing", "policy_timing", "surprise") if name in reply}
+            committed = 0 if job.committed is None else job.committed.shape[1]
+            imagined = None if plan.imagined is None else plan.imagined[0]
+            self.tell(Planned(entry.key, entry.memory.now, job.mode, job.steps, entry.seed, committed, plan.actions[0], passed.actions, imagined, about))
+        if job.request.want_imagined:
+            reply["imagined"] = pictures_of(self.policy, plan, self.contract)
+        return reply
