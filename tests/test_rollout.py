@@ -63,7 +63,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeVector]:
 
 
 def settings(**changes: Any) -> RolloutConfig:
-    return RolloutConfig(**{"env": "fake/robot", "modes": ("skip",), "episodes": 5, "batch": 3, "steps": 2, "max_steps": 24, "videos": 0, **changes})
+    return RolloutConfig(**{"env": "python/robot", "modes": ("skip",), "episodes": 5, "batch": 3, "steps": 2, "max_steps": 24, "videos": 0, **changes})
 
 
 def without(policy: Policy, **meta: Any) -> Policy:
@@ -139,13 +139,13 @@ def test_rollout_writes_what_a_reader_needs(checkpoint: Path, fake: type[FakeVec
 
 
 def test_a_suite_is_its_tasks_and_a_table(checkpoint: Path, fake: type[FakeVector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(suite.tasks_of("metaworld/mt10")) == 10 and suite.tasks_of("fake/one") == ("fake/one",)
-    monkeypatch.setattr(suite, "tasks_of", lambda env: ("fake/one", "fake/two"))
+    assert len(suite.tasks_of("metaworld/mt10")) == 10 and suite.tasks_of("python/one") == ("python/one",)
+    monkeypatch.setattr(suite, "tasks_of", lambda env: ("python/one", "python/two"))
     results = suite.rollout_suite(checkpoint, settings(env="metaworld/mt10"), tmp_path)
     mode = results["modes"]["skip"]
-    assert {env: (row["successes"], row["episodes"]) for env, row in mode["tasks"].items()} == {"fake/one": (3, 5), "fake/two": (3, 5)}
+    assert {env: (row["successes"], row["episodes"]) for env, row in mode["tasks"].items()} == {"python/one": (3, 5), "python/two": (3, 5)}
     assert mode["mean"] == pytest.approx(0.6) and 0 < mode["mean_low"] < 0.6 < mode["mean_high"] < 1
-    assert json.loads((tmp_path / "suite.json").read_text()) == results and json.loads((tmp_path / "two" / "rollout.json").read_text())["env"] == "fake/two"
+    assert json.loads((tmp_path / "suite.json").read_text()) == results and json.loads((tmp_path / "two" / "rollout.json").read_text())["env"] == "python/two"
     assert "| one | 3/5 (23-88 %) |" in (tmp_path / "suite.md").read_text()
     made = fake.made
     assert suite.rollout_suite(checkpoint, settings(env="metaworld/mt10"), tmp_path) == results and fake.made == made, "what is finished is not driven again"

@@ -63,13 +63,13 @@ def demo(config: Config, task: str = DEFAULT_TASK, output: Path | None = None) -
         with watch.phase("rollout"):
             r = config.rollout
             driven = rollout(checkpoint, r, output / "rollout")
-            baselines = run_baselines(env, r.episodes, r.seed, r.workers, r.max_steps)
+            baselines = run_baselines(env, r.episodes, r.seed, r.workers, r.max_steps, replay=Path(config.data.root))
         with watch.phase("imagine"):
             imagined = imagine(checkpoint, config.imagine, output / "imagine")
         results = {
             "task": task,
             "modes": {mode: _without(figures, "episode_results") for mode, figures in driven["modes"].items()},
-            "baselines": baselines,
+            "baselines": {name: _without(row, "episode_results") for name, row in baselines.items()},
             "imagination": {mode: _without(figures, "per_clip") for mode, figures in imagined["modes"].items()},
             "versions": versions(),
             "machine": machine(),

@@ -23,6 +23,7 @@ import torch
 
 import wam
 from wam.config import RolloutConfig, to_dict
+from wam.evaluation.environments import package_versions
 from wam.evaluation.episodes import Episode
 from wam.evaluation.gl import choose_backend
 from wam.evaluation.seeds import TEST
@@ -31,7 +32,6 @@ from wam.pretrained import Policy, weights_sha256
 
 RESULTS = "rollout.json"
 FORMAT = "wam-rollout-1"
-PACKAGES = ("torch", "diffusers", "metaworld", "mujoco", "gym-pusht", "gymnasium", "hf-libero")
 
 
 def identity(checkpoint: Path, policy: Policy, config: RolloutConfig, replan: int) -> dict[str, Any]:
@@ -51,18 +51,14 @@ def identity(checkpoint: Path, policy: Policy, config: RolloutConfig, replan: in
         "control_hz": policy.control_hz,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "gl_backend": choose_backend(),
-        "versions": _versions(),
+        "versions": _versions(config.env),
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {"wam": wam.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # simulators are optional
-            continue
-    return found
+def _versions(env: str) -> dict[str, str]:
+    """Of what decides an episode: this code, what computes, and the simulator."""
+    own = {"wam": wam.__version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in ("torch", "diffusers")} | package_versions(env)
 
 
 def open_results(path: Path, decides: dict[str, Any]) -> dict[str, Any]:

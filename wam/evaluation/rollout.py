@@ -25,7 +25,7 @@ from wam.config import CheckConfig, ExecutionConfig, RolloutConfig
 from wam.data.recording import Recording
 from wam.data.views import Canvas
 from wam.evaluation.agreement import Agreement, summarize_agreement
-from wam.evaluation.environments import Floats, Frames, StepResult
+from wam.evaluation.environments import Floats, Frames, StepResult, off_benchmark, parse_name
 from wam.evaluation.episodes import Driver, Episode, Watcher, in_waves
 from wam.evaluation.film import Film
 from wam.evaluation.fit import camera_settings, disagreement
@@ -263,7 +263,14 @@ def _warn_of_seeds(policy: Policy, config: RolloutConfig) -> None:
     reused = sorted(set(seeds) & demonstration_seeds(policy))
     if reused:
         log.warning("%d of the %d seeds were demonstrations this checkpoint was trained on (first: %s); use --seed %d", len(reused), len(seeds), reused[:5], TEST.start)
-    elif seeds[0] not in TEST or seeds[-1] not in TEST:
+        return
+    suite, task, _ = parse_name(config.env)
+    if suite.benchmark(task) is not None:  # it has initial states of its own
+        other = off_benchmark(config.env, config.seed, config.episodes, config.max_steps)
+        if other:
+            log.warning("%s", other)
+        return
+    if seeds[0] not in TEST or seeds[-1] not in TEST:
         overlapping = [name for name, split in SPLITS.items() if name != "test" and seeds[0] < split.stop and seeds[-1] >= split.start]
         overlap = f"overlap the {' and '.join(overlapping)} seeds" if overlapping else "lie outside every range"
         log.warning("seeds %d..%d %s; report results on test seeds, %d..%d", seeds[0], seeds[-1], overlap, TEST.start, TEST.stop - 1)
