@@ -22,9 +22,12 @@ examples:
   wam serve --checkpoint runs/droid --host 0.0.0.0 --api-key-file key --cert cert.pem --key key.pem
   wam serve --checkpoint runs/droid --clock steps --execute 8        clients that execute 8 actions of each plan
   wam serve --checkpoint runs/mine --name corner4=observation/image   the client's own name of a camera
+  wam serve --checkpoint runs/droid --record recordings/monday        and later: wam replay recordings/monday --checkpoint runs/next
 
 while it runs:
   GET /healthz   it is there          GET /readyz   the model is warm          GET /metrics   Prometheus
+  GET /          a page to watch it, in a browser: frames, what was imagined, actions, latencies
+  SIGHUP or POST /reload: the checkpoint is loaded anew and takes over, connections and memories stay; GET /reload: how that went
   Ctrl-C or SIGTERM: plans in flight are finished, then it closes; docs/serving.md has the protocol byte by byte
 
 a file of limits (--gate), in the robot's units and seconds:
@@ -35,7 +38,8 @@ a file of limits (--gate), in the robot's units and seconds:
     joint_position: {low: -2.9, high: 2.9, velocity: 1.5, jerk: 200, jump: 0.2}
     gripper_position: {low: 0, high: 1}
 
-writes: nothing; the log goes to stderr, the address to stdout once it is ready
+writes: with --record, a LeRobot dataset (v3.0) and plans beside it, else nothing; the log goes to stderr, the address to
+stdout once it is ready
 """
 
 
@@ -51,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--action-space", metavar="NAME", default="joint_position", help="told to RoboArena's clients: joint_position, joint_velocity, cartesian_position, cartesian_velocity")
     gate = parser.add_argument_group("safety")
     gate.add_argument("--gate", metavar="FILE", type=Path, help="YAML of limits, see above (default: numbers must be finite)")
+    gate.add_argument("--check", metavar="NAME", default="auto", choices=("auto", "none", "plan", "forward"), help="compare what came with what was imagined, after wam calibrate: plan, its own; forward, of its actions; auto: plan where it imagines (default)")
+    gate.add_argument("--check-steps", metavar="N", type=int, default=1, help="solver steps of forward (default: 1)")
+    parser.add_argument("--record", metavar="DIR", type=Path, help="keep what robots saw and did as a LeRobot dataset, an episode a session")
     net = parser.add_argument_group("network")
     net.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="where to listen; any but loopback needs a key (default: 127.0.0.1)")
     net.add_argument("--port", metavar="N", type=int, default=8000, help="0: any that is free (default: 8000)")
@@ -71,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clock.add_argument("--execute", metavar="N", type=int, help="actions that a client executes of each plan (default: all)")
     clock.add_argument("--frame-tolerance", metavar="X", type=float, default=0.5, help="how far, in frame strides, a frame may be from its place (default: 0.5)")
     clock.add_argument("--frame-offsets", metavar="A,B", help="control steps of a message's frames, the last 0, e.g. -23,-16,-8,0 (default: evenly since the last message)")
+    page = parser.add_argument_group("the page at /")
+    page.add_argument("--no-page", action="store_true", help="no page to watch the server")
+    page.add_argument("--watch-imagined", action="store_true", help="for the page, while it is open and the model rests: imagine what follows from plans that imagine nothing")
     parser.add_argument("--log", metavar="FORM", default="text", choices=("text", "json"), help="text or json (default: text)")
 
 
@@ -93,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     names = _pairs(args.name)
     logs.set_up(args.log)
     worker = _worker(args, names)
-    asyncio.run(_until_signal(worker, options))
+    asyncio.run(_until_signal(worker, options, _recorder(args, worker), lambda: _load(args, names)))
 
 
 def _options(args: argparse.Namespace) -> Any:
@@ -117,6 +127,8 @@ def _options(args: argparse.Namespace) -> Any:
         rate=args.rate,
         burst=max(1, int(args.rate / 2)) if 0 < args.rate < 1e9 else 1,
         grace_s=args.grace,
+        page=not args.no_page,
+        watch_imagined=args.watch_imagined,
         limits=Limits(message_bytes=size, array_bytes=size),
         times=TimeRules(args.clock, args.execute, args.frame_tolerance, _offsets(args.frame_offsets)),
     )
@@ -141,21 +153,33 @@ def _pairs(names: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _worker(args: argparse.Namespace, names: dict[str, str]) -> Any:
-    """The policy with its contract, gate and thread."""
+def _load(args: argparse.Namespace, names: dict[str, str]) -> Any:
+    """The checkpoint, and what it takes and gives."""
     import torch
 
-    from wam.inference.gate import Gate, GateConfig, read_gate
+    from wam.inference.check import SURPRISE, load_scale
+    from wam.inference.saved import fingerprint
     from wam.pretrained import from_pretrained
     from wam.serving.contract import SPACES, Contract
-    from wam.serving.metrics import Metrics
-    from wam.serving.worker import Worker, WorkerOptions
+    from wam.serving.reload import Loaded
 
     if args.action_space not in SPACES:
         raise ValueError(f"--action-space is {args.action_space!r}; expected one of {', '.join(SPACES)}")
     policy = from_pretrained(args.checkpoint, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    about = {"checkpoint_step": policy.meta.get("step"), "preset": policy.config.preset}
+    about = {"checkpoint": fingerprint(policy)[:12], "checkpoint_step": policy.meta.get("step"), "preset": policy.config.preset}
     contract = Contract.of(policy, args.embodiment, names, args.action_space, {key: value for key, value in about.items() if isinstance(value, (int, str))})
+    folder = Path(args.checkpoint)
+    return Loaded(policy, contract, load_scale(folder) if (folder / SURPRISE).is_file() else None)
+
+
+def _worker(args: argparse.Namespace, names: dict[str, str]) -> Any:
+    """The policy with its contract, gate and thread."""
+    from wam.inference.gate import Gate, GateConfig, read_gate
+    from wam.serving.metrics import Metrics
+    from wam.serving.worker import Worker, WorkerOptions
+
+    loaded = _load(args, names)
+    policy, contract = loaded.policy, loaded.contract
     mode = args.mode or contract.modes[0]
     if mode not in contract.modes:
         raise ValueError(f"--mode is {mode!r}; this policy acts in {', '.join(contract.modes)}")
@@ -166,18 +190,31 @@ def _worker(args: argparse.Namespace, names: dict[str, str]) -> Any:
     if not config.groups:
         logging.getLogger(__name__).warning("no limits are given (--gate): the gate only refuses numbers that are not finite")
     gate = Gate(config, contract.robot.raw_action_dim, contract.control_hz)
-    return Worker(policy, contract, gate, WorkerOptions(mode, args.seed, args.max_batch, args.wait / 1e3, args.steps), Metrics())
+    options = WorkerOptions(mode, args.seed, args.max_batch, args.wait / 1e3, args.steps, args.check, args.check_steps)
+    return Worker(policy, contract, gate, options, Metrics(), loaded.scale)
 
 
-async def _until_signal(worker: Any, options: Any) -> None:
+def _recorder(args: argparse.Namespace, worker: Any) -> Any:
+    """What keeps what comes and goes, where that is asked for."""
+    if args.record is None:
+        return None
+    from wam.serving.recorder import Recorder
+
+    return Recorder(args.record, worker.contract, worker.metrics)
+
+
+async def _until_signal(worker: Any, options: Any, recorder: Any, load: Any) -> None:
     from wam.serving.server import PolicyServer, run_server
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    server = PolicyServer(worker, options, recorder, load)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
 
     def told(server: PolicyServer) -> None:
         scheme = "ws" if options.certificate is None else "wss"
+        assert server.reloader is not None
+        loop.add_signal_handler(signal.SIGHUP, server.reloader.begin)
         print(f"serving {worker.contract.robot.name} in mode {worker.options.mode!r} on {scheme}://{options.host}:{server.port}; Ctrl-C stops", flush=True)
 
-    await run_server(PolicyServer(worker, options), stop, told)
+    await run_server(server, stop, told)

@@ -89,6 +89,7 @@ def reply_to(job: Job, plan: Plan, passed: Passed, started: float, size: int, co
             "cut": None if passed.cut is None else {"step": passed.cut.step, "reason": passed.cut.reason, "message": passed.cut.told},
             "interventions": dict(passed.interventions),
             "memory_blocks": session.block,
+            **({"checkpoint": contract.about["checkpoint"]} if "checkpoint" in contract.about else {}),
         },
         **({} if job.surprise is None else {"surprise": job.surprise}),
     }

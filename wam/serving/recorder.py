@@ -95,16 +95,13 @@ class Take:
 class Recorder:
     """See the module's docstring; call it with events, and `close` it."""
 
-    def __init__(self, root: Path, contract: Contract, metrics: Metrics, about: dict[str, Any], episode_bytes: int = EPISODE_BYTES):
+    def __init__(self, root: Path, contract: Contract, metrics: Metrics, episode_bytes: int = EPISODE_BYTES):
         """Begin a recording, or go on with one.
-
-        Args:
-            about: what the sidecars say of the checkpoint.
 
         Raises:
             FileExistsError, ValueError: as `Recording`, or a control rate that cannot be recorded.
         """
-        self.contract, self.metrics, self.about = contract, metrics, about
+        self.contract, self.metrics = contract, metrics
         self.form = recording_format(contract)
         self.recording = Recording(root, self.form)
         (self.camera,) = self.form.cameras
@@ -188,7 +185,7 @@ class Recorder:
 
     def _assemble(self) -> None:
         try:
-            self.recording.assemble({"versions": {"wam": wam.__version__}, "served": self.about})
+            self.recording.assemble({"versions": {"wam": wam.__version__}})
         except OSError:
             log.exception("the dataset could not be assembled; its episodes are kept")
 
@@ -269,7 +266,7 @@ class Recorder:
         stride, rows = self.form.frame_every, len(take.rows)
         seen = [(place * stride, at) for place, (_, at, _) in sorted(take.frames.items()) if place * stride < rows]
         tail = [(at, frame) for place, (_, at, frame) in sorted(take.frames.items()) if place * stride >= rows]
-        about = {"session": take.key, "prompt": take.prompt, "outcome": outcome, "why": why, "rows": rows, "held": held, **self.about}
+        about = {"session": take.key, "prompt": take.prompt, "outcome": outcome, "why": why, "rows": rows, "held": held}
         return Served.of(about, self.contract, seen, tail, take.states, take.observations, list(zip(take.at, take.plans, strict=True)), take.errors)
 
 
