@@ -30,7 +30,7 @@ from wam.relations import MODES
 from wam.relations_text import RELATION_WORDS
 
 REPORT = "report.html"
-BASELINES = {"expert": "scripted expert", "hold_still": "hold still", "random": "random actions"}
+BASELINES = {"expert": "scripted expert", "hold_still": "hold still", "random": "random actions", "replay": "nearest demonstration, replayed"}
 _THEMED = {INK: "currentColor", FAINT: "var(--faint)", LINE: "var(--line)", PAPER: "var(--paper)"}
 
 
@@ -189,7 +189,7 @@ def _success(data: Run) -> Html:
     caption = (
         "Episodes that succeed, of those driven, with the 95% Wilson interval (band) around the rate (mark; the axis is 0 to 100%). "
         f"Latency is the time from an observation to a plan, for one robot{_plans(modes)}; half, and 95%, of plans take less. Length is that of episodes that succeed. "
-        "Below the line, policies that need no model: the expert is the ceiling, the others the floor."
+        "Below the line, policies that need no model: the expert is the ceiling, holding still and random actions are the floor, and a replayed demonstration shows how far memory alone goes."
     )
     head = ("mode", "success", "95% interval", "latency p50 / p95, ms", "mean length, steps")
     missing = None if baselines else absent("No sanity rows: results.json has no baselines (expert, hold still, random)")

@@ -261,7 +261,7 @@ def _phases(plan: Plan, rate: float) -> list[Phase]:
             what = f"{len(v.modes)} x {r.episodes} episodes: {', '.join(v.modes)}"
             phases.append(Phase(f"drive {v.name} {condition}", "drive", what, SECONDS_TO_BEGIN + len(v.modes) * each, v.name, condition))
         phases += [Phase(f"drive {row.name} {condition}", "drive", f"{r.episodes} episodes", SECONDS_TO_BEGIN + each, row.name, condition) for row in plan.rows if row.extra]
-    phases.append(Phase("baselines", "baselines", f"3 x {r.episodes} episodes without a model", 3 * r.episodes * 0.4))
+    phases.append(Phase("baselines", "baselines", f"4 x {r.episodes} episodes without a model", 4 * r.episodes * 0.4))
     timed = len(plan.rows) * plan.settings.latency_plans
     phases.append(Phase("latency", "latency", f"{timed} plans, one robot at a time, rows in turns", SECONDS_TO_BEGIN + timed * SECONDS_PER_LATENCY_PLAN))
     i = plan.config.imagine

@@ -82,7 +82,7 @@ def _do(plan: Plan, output: Path, phase: Phase) -> None:
         from wam.evaluation.baselines import run_baselines
 
         r = plan.config.rollout
-        write_json_atomic(output / BASELINES, run_baselines(r.env, r.episodes, r.seed, r.workers, r.max_steps))
+        write_json_atomic(output / BASELINES, run_baselines(r.env, r.episodes, r.seed, r.workers, r.max_steps, replay=Path(plan.config.data.root)))
     else:
         from wam.evaluation.compare.imagined import imagine_rows
         from wam.evaluation.compare.latency import measure_latency
