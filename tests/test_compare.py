@@ -244,7 +244,7 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Simulator:
     monkeypatch.setattr(rollout_module, "rollout", made)
     monkeypatch.setattr(environments, "make_env", made.environment)
 
-    def floor(env: str, episodes: int, *rest: Any) -> dict[str, Any]:
+    def floor(env: str, episodes: int, *rest: Any, replay: Path) -> dict[str, Any]:
         low, high = wilson(0, episodes)
         return {"random": {"successes": 0, "episodes": episodes, "wilson_low": low, "wilson_high": high}}
 
