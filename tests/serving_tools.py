@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -18,6 +18,8 @@ from wam.pretrained import Policy
 from wam.serving.contract import Contract
 from wam.serving.metrics import Metrics
 from wam.serving.options import ServeOptions
+from wam.serving.recorder import Recorder
+from wam.serving.reload import Loaded
 from wam.serving.server import PolicyServer, run_server
 from wam.serving.wire import pack, unpack
 from wam.serving.worker import Worker, WorkerOptions
@@ -42,15 +44,15 @@ def make_worker(gate: GateConfig = NO_LIMITS, contract: Contract | None = None, 
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, worker: Worker, options: ServeOptions):
-        self.worker, self.options = worker, options
+    def __init__(self, worker: Worker, options: ServeOptions, **parts: Any):
+        self.worker, self.options, self.parts = worker, options, parts
         self.error: BaseException | None = None
         self._up, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         async def main() -> None:
             self.loop, self.stopping = asyncio.get_running_loop(), asyncio.Event()
-            self.server = PolicyServer(self.worker, self.options)
+            self.server = PolicyServer(self.worker, self.options, **self.parts)
             await run_server(self.server, self.stopping, lambda _: self._up.set())
 
         try:
@@ -79,9 +81,9 @@ class Running:
 
 
 @contextmanager
-def serving(worker: Worker | None = None, **options: Any) -> Iterator[Running]:
+def serving(worker: Worker | None = None, recorder: Recorder | None = None, load: Callable[[], Loaded] | None = None, **options: Any) -> Iterator[Running]:
     """A running server; options as of `ServeOptions`."""
-    running = Running(worker or make_worker(), ServeOptions(port=0, **{"grace_s": 2.0, **options})).start()
+    running = Running(worker or make_worker(), ServeOptions(port=0, **{"grace_s": 2.0, **options}), recorder=recorder, load=load).start()
     try:
         yield running
     finally:

@@ -241,13 +241,13 @@ class Recorder:
                 self.metrics.unrecorded.labels("episode").inc()
                 log.warning("an episode of %d control steps was not recorded: it has no %s", len(take.rows), "instruction" if not take.prompt else "state")
             return
-        buffer, held = self._buffer(take)
+        buffer, held = self._buffer(take, outcome == "success")
         facts: dict[str, int | float | str] = {"session": key, "why": why, "plans": len(take.plans), "errors": len(take.errors), "held_frames": len(held), "interventions": sum(_changed(plan) for plan in take.plans)}
         write_served(self.recording.root, take.name, self._served(take, held, outcome, why))
         if self.recording.add(take.name, buffer, outcome, facts):
             self.metrics.recorded.inc()
 
-    def _buffer(self, take: Take) -> tuple[EpisodeBuffer, list[int]]:
+    def _buffer(self, take: Take, success: bool) -> tuple[EpisodeBuffer, list[int]]:
         """Rows and frames as a recording takes them, and the rows whose frame is held although one was due."""
         buffer, stride, held = EpisodeBuffer(self.form, take.prompt or ""), self.form.frame_every, []
         frame, state = take.frames[0][2], take.states[0]
@@ -259,7 +259,7 @@ class Recorder:
                 frame = take.frames[step // stride][2]
             elif due and step < len(take.rows):
                 held.append(step)
-            buffer.add(sent, state, {self.camera: frame} if due else None, executed=done)
+            buffer.add(sent, state, {self.camera: frame} if due else None, executed=done, success=success and step == len(take.rows))
         return buffer, held
 
     def _served(self, take: Take, held: list[int], outcome: str, why: str) -> Served:
