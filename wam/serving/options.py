@@ -29,6 +29,8 @@ class ServeOptions:
         spare_s: one unused for longer than this may make room for another.
         rate: requests a second of a connection, on average; `burst` at once.
         grace_s: how long a stopping server lets plans finish.
+        page: whether there is a page to watch it.
+        watch_imagined: whether the page, while it is open, has the outcome of plans imagined that imagine nothing themselves.
     """
 
     host: str = "127.0.0.1"
@@ -46,6 +48,8 @@ class ServeOptions:
     max_waiting: int = 64
     limits: Limits = DEFAULT_LIMITS
     times: TimeRules = TimeRules()
+    page: bool = True
+    watch_imagined: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -63,6 +67,8 @@ class ServeOptions:
             raise ValueError(f"the server would listen on {self.host}, where anyone could move the robot; give it an API key (--api-key-file), or listen on 127.0.0.1")
         if self.api_key is not None and len(self.api_key) < LEAST_KEY:
             raise ValueError(f"the API key has {len(self.api_key)} characters; use at least {LEAST_KEY}, such as those of: openssl rand -hex 24")
+        if self.watch_imagined and not self.page:
+            raise ValueError("what plans lead to is imagined for the page, and there is to be none; leave one of --watch-imagined and --no-page out")
         if (self.certificate is None) != (self.private_key is None):
             raise ValueError("a certificate and its private key go together; give both (--cert, --key), or neither")
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import http
+import json
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +25,18 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
+from wam.inference.session import Session
 from wam.serving.contract import Contract
 from wam.serving.errors import ServingError
 from wam.serving.events import Ended, Refused, observed
 from wam.serving.job import Job, internal
+from wam.serving.live import Live
 from wam.serving.logs import event
 from wam.serving.messages import Dialect, Request, dialect_of, done_reply, error_reply, parse, plan_reply
 from wam.serving.options import ServeOptions
+from wam.serving.page import respond_live, respond_page
+from wam.serving.recorder import Recorder
+from wam.serving.reload import Loaded, Reloader
 from wam.serving.sessions import Entry, SessionStore
 from wam.serving.wire import pack, unpack
 from wam.serving.worker import Worker
@@ -39,6 +45,7 @@ log = logging.getLogger(__name__)
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 SWEEP_S = 5.0
+RECORD_S = 60.0  # longest that a stopping server writes what it recorded
 
 
 @dataclass
@@ -74,11 +81,20 @@ class Client:
 class PolicyServer:
     """See the module's docstring."""
 
-    def __init__(self, worker: Worker, options: ServeOptions):
-        self.worker, self.options = worker, options
-        self.contract: Contract = worker.contract
+    def __init__(self, worker: Worker, options: ServeOptions, recorder: Recorder | None = None, load: Callable[[], Loaded] | None = None):
+        """Nothing runs yet; see `start`.
+
+        Args:
+            recorder: keeps what comes and goes.
+            load: loads the checkpoint anew; None: there is no reload.
+        """
+        self.worker, self.options, self.recorder = worker, options, recorder
         self.metrics = worker.metrics
+        self.reloader = None if load is None else Reloader(worker, load)
+        if recorder is not None:
+            worker.watchers.append(recorder)
         self.store = SessionStore(self.contract, options.times, options.max_sessions, options.idle_s, options.spare_s)
+        self.live = self._live() if options.page else None
         self.server: Server | None = None
         self._warm = asyncio.Event()
         self._failed: Exception | None = None
@@ -118,6 +134,11 @@ class PolicyServer:
         event(log, "listening", host=o.host, port=self.port, tls=o.certificate is not None, key=o.api_key is not None)
 
     @property
+    def contract(self) -> Contract:
+        """What clients send and get; another checkpoint has the same sizes."""
+        return self.worker.contract
+
+    @property
     def port(self) -> int:
         """Where it listens."""
         assert self.server is not None
@@ -136,6 +157,8 @@ class PolicyServer:
     async def stop(self) -> None:
         """Refuse what comes, let finish what is in flight (for `grace_s`), and close."""
         self._stopping = True
+        if self.live is not None:
+            self.live.close()
         self.metrics.ready.set(0)
         until = time.monotonic() + self.options.grace_s
         while self._in_flight and time.monotonic() < until:
@@ -146,7 +169,29 @@ class PolicyServer:
             self.server.close()
             await self.server.wait_closed()
         await asyncio.to_thread(self.worker.stop, max(0.1, until - time.monotonic()))
+        if self.recorder is not None and not await asyncio.to_thread(self.recorder.close, RECORD_S):
+            log.error("what was recorded last could not be written within %g s, and is lost", RECORD_S)
         event(log, "stopped")
+
+    def _live(self) -> Live:
+        """What the page is told by.
+
+        Raises:
+            ValueError: the page is to show what follows from plans, and the policy does not foresee it.
+        """
+
+        def session_of(key: str) -> Session | None:
+            entry = self.store.entries.get(key)
+            return None if entry is None else entry.session
+
+        live = Live(lambda: self.worker.policy, lambda: self.worker.busy, session_of if self.options.watch_imagined else None)
+        self.worker.after.append(live.sent)
+        return live
+
+    def hear(self) -> None:
+        """Have the page told what happens while somebody watches it, and not else; on the event loop."""
+        others = [watcher for watcher in self.worker.watchers if watcher is not self.live]
+        self.worker.watchers = [*others, self.live] if self.live is not None and self.live.watched else others
 
     def _warmed(self, error: Exception | None) -> None:
         self._failed = error
@@ -157,6 +202,7 @@ class PolicyServer:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
+            self.hear()
             self._ended("idle", self.store.expire(time.monotonic()))
 
     def _ended(self, why: str, keys: list[str]) -> None:
@@ -168,7 +214,7 @@ class PolicyServer:
 
     # ------------------------------------------------------------------------------------------ HTTP
 
-    def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+    def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | Awaitable[Response] | None:
         """Plain requests, and whether a client may connect."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
@@ -176,10 +222,16 @@ class PolicyServer:
         if path == "/readyz":
             fine = self._warm.is_set() and self._failed is None and not self._stopping
             return connection.respond(http.HTTPStatus.OK if fine else http.HTTPStatus.SERVICE_UNAVAILABLE, "ready\n" if fine else "not ready\n")
+        if self.live is not None and path == "/" and "Upgrade" not in request.headers:
+            return respond_page()
+        if self.live is not None and path == "/live":
+            return respond_live(self, request)
         headers = request.headers.get_all("Authorization")
         if not self.options.admits(headers[0] if len(headers) == 1 else None):
             event(log, "unauthorized", logging.WARNING, peer=str(connection.remote_address))
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "unauthorized: send the header Authorization: Api-Key KEY\n")
+        if path == "/reload":
+            return self._reload(connection, request)
         if path == "/metrics":
             response = connection.respond(http.HTTPStatus.OK, self.metrics.text().decode())
             del response.headers["Content-Type"]
@@ -188,6 +240,17 @@ class PolicyServer:
         if self._stopping or self._connections >= self.options.max_connections:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "stopping\n" if self._stopping else f"all {self.options.max_connections} connections are in use\n")
         return None
+
+    def _reload(self, connection: ServerConnection, request: HttpRequest) -> Response:
+        """POST: load the checkpoint anew; GET: how that went."""
+        if request.headers.get_all("Origin"):
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "not for browsers\n")
+        if self.reloader is None or not self._warm.is_set() or self._stopping:
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "there is nothing to reload now\n")
+        if getattr(request, "method", "GET") == "POST" and not self.reloader.begin():
+            return connection.respond(http.HTTPStatus.CONFLICT, "a checkpoint is being loaded already\n")
+        status = http.HTTPStatus.ACCEPTED if self.reloader.state == "loading" else http.HTTPStatus.OK
+        return connection.respond(status, json.dumps(self.reloader.told()) + "\n")
 
     # ------------------------------------------------------------------------------------------ talking
 

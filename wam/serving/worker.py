@@ -86,6 +86,7 @@ class Worker:
 
     Attributes:
         watchers: told what happens to robots (`wam.serving.events`); filled before the thread starts.
+        after: called on the planning thread when a batch has been answered.
     """
 
     def __init__(self, policy: Policy, contract: Contract, gate: Gate, options: WorkerOptions, metrics: Metrics, scale: SurpriseScale | None = None):
@@ -97,6 +98,8 @@ class Worker:
         self.policy, self.contract, self.gate, self.options, self.metrics = policy, contract, gate, options, metrics
         self.surprises = self.surprises_of(policy, scale)
         self.watchers: list[Watcher] = []
+        self.after: list[Callable[[], None]] = []
+        self._planning = False
         self._queue: queue.SimpleQueue[Job | Swap | None] = queue.SimpleQueue()
         self._texts: weakref.WeakValueDictionary[str, Conditions] = weakref.WeakValueDictionary()  # of sessions that live
         self._lately: dict[str, float] = {}
@@ -161,6 +164,11 @@ class Worker:
             self._thread.join(timeout)
 
     @property
+    def busy(self) -> bool:
+        """Whether a plan is being made, or waits to be."""
+        return self._planning or self._waiting > 0
+
+    @property
     def waiting(self) -> int:
         """Jobs that no forward pass has taken yet."""
         return self._waiting
@@ -189,6 +197,7 @@ class Worker:
                 job = self._queue.get()
                 continue
             batch, after = self._gather(job)
+            self._planning = True
             with self._lock:
                 self._waiting -= len(batch)
             self.metrics.queue.set(self._waiting)
@@ -198,7 +207,16 @@ class Worker:
                 refusal = internal(error)
                 for each in batch:
                     each.resolve(refusal)
+            self._planning = False
+            self._afterwards()
             job = self._queue.get() if after is batch else after
+
+    def _afterwards(self) -> None:
+        for call in self.after:
+            try:
+                call()
+            except Exception:
+                log.exception("what follows a batch failed")
 
     def _gather(self, first: Job) -> tuple[list[Job], Any]:
         """The jobs of the next forward pass, and what came after them that is none (a swap; None: the server stops), or the jobs again."""
