@@ -20,7 +20,7 @@ import torch
 from fake_robot import SIDE, FakeRobot, FakeVector, fake_policy
 
 from wam.config import RolloutConfig, SamplingConfig
-from wam.evaluation import baselines, suite
+from wam.evaluation import baselines, delays, suite
 from wam.evaluation import results as results_module
 from wam.evaluation import rollout as rollout_module
 from wam.evaluation.environments import StepResult
@@ -290,3 +290,20 @@ def test_baselines_in_a_simulator() -> None:
     assert list(rows) == ["expert", "hold_still", "random"]
     assert rows["expert"]["successes"] == 2 and rows["hold_still"]["successes"] == 0 and rows["expert"]["episodes"] == 2
     assert 0 < rows["expert"]["wilson_low"] < rows["expert"]["wilson_high"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ delays
+
+
+def test_success_against_delay_for_several_ways_of_meeting_time(checkpoint: Path, fake: type[FakeVector], tmp_path: Path) -> None:
+    config = settings(seed=20000, modes=("skip",))
+    found = delays.rollout_delays(checkpoint, config, ("synchronous", "asynchronous"), (4,), tmp_path)
+    assert found == json.loads((tmp_path / "delays.json").read_text()) and (tmp_path / "delays.png").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["asynchronous-4", "synchronous-0", "synchronous-4"], "without delay all ways are one"
+    still, moving = (found["curves"][name]["points"] for name in ("synchronous", "asynchronous"))
+    assert still[0] == moving[0] and [point["delay_ms"] for point in still] == [0, 50] and still[0]["control_hz_reached"] == 80
+    assert still[1]["control_hz_reached"] < moving[1]["control_hz_reached"] < 80, "one stands still before each plan, the other before the first"
+    text = (tmp_path / "delays.md").read_text()
+    assert "| 4 steps, 50 ms | 3/5 (23-88 %)" in text and "synchronous: " in text
+    with pytest.raises(ValueError, match="compared in one mode"):
+        delays.rollout_delays(checkpoint, settings(modes=("skip", "joint")), ("naive",), (4,), tmp_path / "two")

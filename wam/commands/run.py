@@ -63,14 +63,16 @@ examples:
   wam evaluate --checkpoint runs/demo/train/checkpoint --mode skip,joint --replan 4 --steps 8 rollout.videos=10
   wam evaluate --checkpoint runs/metaworld_mt10/checkpoint --env metaworld/mt10 --mode skip      ten tasks, one table (also mt50)
   wam evaluate --checkpoint DIR --time asynchronous --delay 8             the next plan is made while this one runs, and takes 8 control steps
+  wam evaluate --checkpoint DIR --mode skip --time synchronous,asynchronous,naive --delay 0,4,8       success against delay, a table and a picture
   wam evaluate --checkpoint DIR --time asynchronous --realtime            as many as it really takes on this machine
   wam evaluate --checkpoint DIR --budget 80 --mode joint,skip             the first of these modes that plans within 80 ms, with the steps that fit
   wam evaluate --checkpoint DIR --disturb object_moved,arm_pushed rollout.check.source=forward     replan on surprise (needs wam calibrate)
   wam evaluate --checkpoint DIR rollout.planner.kind=best_of_n            several plans, imagined, and the best of them
   wam evaluate --checkpoint DIR rollout.record=data/driven                every episode into a LeRobot dataset
   wam evaluate --checkpoint DIR --dry-run                                 print the first plan of each mode; nothing moves
+  wam evaluate --server ws://127.0.0.1:8000 --mode skip                   plans from a policy server (wam serve); no checkpoint here
 
-writes (beside the checkpoint in rollout-<task>/, or --output):
+writes (beside the checkpoint in rollout-<task>/, of a server in runs/served/rollout-<task>/, or --output):
   success with counts and intervals, one row an episode (seed, outcome, length, interventions of the gate, latencies), versions, command, mp4 of the first episodes
 
 defaults: env {RolloutConfig().env}, modes {",".join(RolloutConfig().modes)}, {RolloutConfig().episodes} episodes from seed {RolloutConfig().seed}
@@ -79,15 +81,17 @@ It has two names: evaluate and rollout.
 
 
 def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint(parser)
+    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint directory written by `wam train`")
+    parser.add_argument("--server", metavar="URL", help="a policy server that makes the plans, in place of a checkpoint (rollout.server)")
+    parser.add_argument("--key-file", metavar="FILE", help="with that server's API key (rollout.key_file)")
     parser.add_argument("--env", metavar="NAME", help="environment, e.g. metaworld/drawer-open-v3 (rollout.env)")
     parser.add_argument("--mode", metavar="A,B", type=names, help="ways to get actions from the model; `wam relations` lists them (rollout.modes)")
     parser.add_argument("--episodes", metavar="N", type=int, help="episodes of each mode (rollout.episodes)")
     parser.add_argument("--seed", metavar="N", type=int, help="seed of the first episode (rollout.seed)")
     parser.add_argument("--replan", metavar="N", type=int, help="control steps between plans; default: the whole block (rollout.replan)")
     parser.add_argument("--steps", metavar="N", type=int, help="solver steps of a plan (rollout.steps)")
-    parser.add_argument("--time", metavar="HOW", choices=get_args(TimeMode), help=f"how plans meet time: {', '.join(get_args(TimeMode))} (rollout.execution.time)")
-    parser.add_argument("--delay", metavar="N", type=int, help="control steps that the world moves on while a plan is made (rollout.execution.delay)")
+    parser.add_argument("--time", metavar="HOW", type=times, help=f"how plans meet time: {', '.join(get_args(TimeMode))} (rollout.execution.time); several, with delays, are compared")
+    parser.add_argument("--delay", metavar="N", type=counts, help="control steps that the world moves on while a plan is made (rollout.execution.delay); several draw a curve")
     parser.add_argument("--realtime", action="store_true", default=None, help="as many as plans really take here; one robot at a time (rollout.execution.realtime)")
     parser.add_argument("--budget", metavar="MS", type=float, help="milliseconds a plan may take (rollout.execution.budget_ms)")
     parser.add_argument("--disturb", metavar="A,B", type=names, help="what goes wrong on purpose (rollout.disturbances.kinds)")
@@ -96,7 +100,25 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser, "rollout.key=value", "change a setting, e.g. rollout.batch=10 rollout.videos=0")
 
 
+def times(text: str) -> list[str]:
+    """`asynchronous,naive`, of the ways there are."""
+    given = names(text)
+    strange = [name for name in given if name not in get_args(TimeMode)]
+    if strange:
+        raise argparse.ArgumentTypeError(f"{', '.join(strange)}: expected some of {', '.join(get_args(TimeMode))}")
+    return given
+
+
+def counts(text: str) -> list[int]:
+    """`0,4,8`."""
+    given = names(text)
+    if not all(number.isdigit() for number in given):
+        raise argparse.ArgumentTypeError("expected control steps, e.g. 8 or 0,4,8")
+    return [int(number) for number in given]
+
+
 def _rollout(args: argparse.Namespace) -> None:
+    sweep = len(args.delay or ()) > 1 or len(args.time or ()) > 1
     flags = {
         "rollout.env": args.env,
         "rollout.modes": args.mode,
@@ -104,19 +126,30 @@ def _rollout(args: argparse.Namespace) -> None:
         "rollout.seed": args.seed,
         "rollout.replan": args.replan,
         "rollout.steps": args.steps,
-        "rollout.execution.time": args.time,
-        "rollout.execution.delay": args.delay,
+        "rollout.execution.time": args.time[0] if args.time and not sweep else None,
+        "rollout.execution.delay": args.delay[0] if args.delay and not sweep else None,
         "rollout.execution.realtime": args.realtime,
         "rollout.execution.budget_ms": args.budget,
         "rollout.disturbances.kinds": args.disturb,
+        "rollout.server": args.server,
+        "rollout.key_file": args.key_file,
     }
     config = section(RolloutConfig, "rollout", [*args.overrides, *flag_overrides(flags)])
-    output = args.output or beside(args.checkpoint, f"rollout-{config.env.rsplit('/', 1)[-1]}")
+    if (args.checkpoint is None) == (config.server is None):
+        raise ValueError("plans come from a checkpoint or from a server; give one of --checkpoint DIR and --server ws://host:port")
+    output = args.output or beside(args.checkpoint or Path("runs/served/checkpoint"), f"rollout-{config.env.rsplit('/', 1)[-1]}")
 
     if args.dry_run:
         from wam.evaluation.rollout import dry_run
 
         print(dry_run(args.checkpoint, config))
+        return
+
+    if sweep:
+        from wam.evaluation import delays
+
+        found = delays.rollout_delays(args.checkpoint, config, args.time or [config.execution.time], args.delay or [config.execution.delay], output)
+        print(f"{delays.table(found)}\nwrote {output}")
         return
 
     from wam.evaluation.results import summary

@@ -55,11 +55,11 @@ LATENCY_CHUNKS = 20  # measured at least, after each episode's first
 LATENCY_EPISODES = 20  # driven at most for them
 
 
-def rollout(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, Any]:
+def rollout(checkpoint: Path | None, config: RolloutConfig, output: Path) -> dict[str, Any]:
     """Drive episodes in every mode of `config`; go on where an earlier call was interrupted.
 
     Args:
-        checkpoint: directory that `wam train` wrote.
+        checkpoint: directory that `wam train` wrote; None: plans come from `config.server`.
         config: what to drive, and how.
         output: gets `rollout.json` and `videos/`.
 
@@ -72,6 +72,12 @@ def rollout(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, 
         EnvironmentCrash: a simulator failed, which says nothing about the policy.
         KeyboardInterrupt: Ctrl-C; finished waves are kept, and the message says so.
     """
+    if config.server is not None:
+        from wam.evaluation.through_server import rollout_through_server
+
+        return rollout_through_server(config, output)
+    if checkpoint is None:
+        raise ValueError("neither a checkpoint nor a server is given; name a checkpoint's directory, or rollout.server=ws://host:port")
     policy = from_pretrained(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     check_settings(policy, config)
     path = Path(output) / RESULTS
@@ -87,17 +93,22 @@ def rollout(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, 
             check_environment(policy, env)
             recording = None if config.record is None else open_recording(Path(config.record), policy, env)
             scale = load_scale(Path(checkpoint)) if config.check.source != "none" else None
-            run = _Run(policy, config, env, scale, recording, _goal_images(policy, config), results, path)
+            run = Run(config, env, lambda mode: driver_of(policy, mode, config, scale), recording, _goals_of(policy, config), results, path)
             for mode in todo:
-                _drive_mode(run, mode)
+                drive_mode(run, mode)
             if recording is not None:
                 recording.assemble({"versions": results["versions"]})
     except KeyboardInterrupt:
-        kept = sum(len(mode["episode_results"]) for mode in results["modes"].values())
-        raise KeyboardInterrupt(f"interrupted; {kept} finished episodes are kept in {path}; the same command goes on from there") from None
+        raise KeyboardInterrupt(kept_of(results, path)) from None
     results["finished"] = now()
     write_json_atomic(path, results)
     return results
+
+
+def kept_of(results: Mapping[str, Any], path: Path) -> str:
+    """What a person is told who interrupts."""
+    kept = sum(len(mode["episode_results"]) for mode in results["modes"].values())
+    return f"interrupted; {kept} finished episodes are kept in {path}; the same command goes on from there"
 
 
 def within_budget(policy: Policy, config: RolloutConfig, path: Path) -> tuple[RolloutConfig, dict[str, Any] | None]:
@@ -118,29 +129,33 @@ def within_budget(policy: Policy, config: RolloutConfig, path: Path) -> tuple[Ro
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What the modes of one rollout share."""
+class Run:
+    """What the modes of one rollout share.
 
-    policy: Policy
+    Attributes:
+        driver: of a mode.
+        goals: pictures of the solved task by seed, as the policy sees them, where they are asked for.
+    """
+
     config: RolloutConfig
     env: VectorEnv
-    scale: SurpriseScale | None
+    driver: Callable[[str], Driver]
     recording: Recording | None
-    goals: GoalImages | None
+    goals: Callable[[Sequence[int]], dict[int, Frames]]
     results: dict[str, Any]
     path: Path
 
 
-def _drive_mode(run: _Run, mode: str) -> None:
+def drive_mode(run: Run, mode: str) -> None:
     """Drive what is missing of one mode, wave by wave, then measure its latency."""
-    config, driver = run.config, driver_of(run.policy, mode, run.config, run.scale)
+    config, driver = run.config, run.driver(mode)
     done = [Episode(**entry) for entry in run.results["modes"].get(mode, {}).get("episode_results", [])]
     known = {episode.seed for episode in done}
     seeds = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in known]
     with tqdm(total=config.episodes, initial=len(done), desc=mode, unit="episode", smoothing=0.1) as progress:
         for wave in in_waves(seeds, 1 if config.execution.realtime else config.batch):
             done += _drive_wave(run, driver, wave, done, progress)
-    latency = measure_latency(driver, run.env, config.seed + config.episodes, lambda seed: _goals(run, [seed]))
+    latency = measure_latency(driver, run.env, config.seed + config.episodes, lambda seed: run.goals([seed]))
     run.results["modes"][mode] |= latency
     write_json_atomic(run.path, run.results)
     r = run.results["modes"][mode]
@@ -148,7 +163,7 @@ def _drive_mode(run: _Run, mode: str) -> None:
     log.info("%s: %d/%d (%s), %s ms a plan (p50)", mode, r["successes"], r["episodes"], rate, "?" if r["latency_ms_p50"] is None else f"{r['latency_ms_p50']:.0f}")
 
 
-def _drive_wave(run: _Run, driver: Driver, wave: Sequence[int], done: Sequence[Episode], progress: Any) -> list[Episode]:
+def _drive_wave(run: Run, driver: Driver, wave: Sequence[int], done: Sequence[Episode], progress: Any) -> list[Episode]:
     """Drive some seeds side by side, and write what came of them."""
     config, mode, hz = run.config, driver.mode, run.env.control_hz
     filmed = range(config.seed, config.seed + min(config.videos, config.episodes))
@@ -156,7 +171,7 @@ def _drive_wave(run: _Run, driver: Driver, wave: Sequence[int], done: Sequence[E
     record = None if run.recording is None else Record(run.recording, wave, config.env, mode, run.results["checkpoint_sha256"])
     agreement = Agreement(driver, wave) if config.agreement else None
     begun = time.perf_counter()
-    episodes = driver.drive(run.env, wave, [_Progress(progress), film, *(w for w in (record, agreement) if w is not None)], _goals(run, wave))
+    episodes = driver.drive(run.env, wave, [_Progress(progress), film, *(w for w in (record, agreement) if w is not None)], run.goals(wave))
     film.save(run.path.parent / "videos", episodes, strip_of=config.seed)
     if record is not None:
         record.save(episodes)
@@ -179,12 +194,9 @@ def driver_of(policy: Policy, mode: str, config: RolloutConfig, scale: SurpriseS
     return Driver(policy, mode, sampling, replan_of(policy, config), config.seed, scale=scale, gate=_gate(policy, config), overlap=config.overlap, **loop)  # type: ignore[arg-type]
 
 
-def _goals(run: _Run, seeds: Sequence[int]) -> dict[int, Frames]:
-    """Pictures of the solved task by seed, as the policy would see them, where they are asked for."""
-    if run.goals is None:
-        return {}
-    canvas = Canvas.of(run.policy.config.data, run.policy.config.codec.image_size)
-    return {seed: look(canvas, picture) for seed, picture in zip(seeds, run.goals(seeds), strict=True)}
+def _goals_of(policy: Policy, config: RolloutConfig) -> Callable[[Sequence[int]], dict[int, Frames]]:
+    images, canvas = _goal_images(policy, config), Canvas.of(policy.config.data, policy.config.codec.image_size)
+    return lambda seeds: {} if images is None else {seed: look(canvas, picture) for seed, picture in zip(seeds, images(seeds), strict=True)}
 
 
 def _goal_images(policy: Policy, config: RolloutConfig) -> GoalImages | None:
@@ -211,12 +223,18 @@ class _Progress(Watcher):
         self._bar.update(sum(result.done for result in results))
 
 
-def dry_run(checkpoint: Path, config: RolloutConfig) -> str:
+def dry_run(checkpoint: Path | None, config: RolloutConfig) -> str:
     """What each mode would send first in the first episode: the environment is reset and looked at, and nothing is executed.
 
     Raises:
         ValueError, FileNotFoundError, EnvironmentCrash: as `rollout`.
     """
+    if config.server is not None:
+        from wam.evaluation.through_server import dry_run_through_server
+
+        return dry_run_through_server(config)
+    if checkpoint is None:
+        raise ValueError("neither a checkpoint nor a server is given; name a checkpoint's directory, or rollout.server=ws://host:port")
     policy = from_pretrained(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     check_settings(policy, config)
     lines: list[str] = []
@@ -224,11 +242,15 @@ def dry_run(checkpoint: Path, config: RolloutConfig) -> str:
     with _open_environment(policy, config) as env:
         check_environment(policy, env)
         for mode in config.modes:
-            run = _Run(policy, config, env, None, None, _goal_images(policy, config), {}, Path())
-            actions, plan, milliseconds = driver_of(policy, mode, config).first_plan(env, config.seed, _goals(run, [config.seed]))
-            lines.append(f"{mode}, seed {config.seed}, {milliseconds:.0f} ms: {len(actions)} of {len(plan)} actions would pass the gate; nothing was sent")
-            lines += [f"  {i:3d}  {np.array2string(action, precision=4, sign=' ', max_line_width=200)}" for i, action in enumerate(actions)]
+            lines += first_plan(driver_of(policy, mode, config), env, config.seed, _goals_of(policy, config)([config.seed]))
     return "\n".join(lines)
+
+
+def first_plan(driver: Driver, env: VectorEnv, seed: int, goals: Mapping[int, Frames] | None = None) -> list[str]:
+    """The lines of a dry run."""
+    actions, plan, milliseconds = driver.first_plan(env, seed, goals)
+    told = f"{driver.mode}, seed {seed}, {milliseconds:.0f} ms: {len(actions)} of {len(plan)} actions would pass the gate; nothing was sent"
+    return [told, *(f"  {i:3d}  {np.array2string(action, precision=4, sign=' ', max_line_width=200)}" for i, action in enumerate(actions))]
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -324,7 +346,7 @@ class _Stopwatch(Watcher):
 
 
 def measure_latency(driver: Driver, env: VectorEnv, seed: int, goals: Callable[[int], Mapping[int, Frames]] = lambda seed: {}) -> dict[str, Any]:
-    """From an observation to actions that may be sent, for one robot: median and 95th percentile, whole and by stage.
+    """From an observation to actions that may be sent, for one robot: median, 95th percentile and longest, whole and by stage.
 
     Drives episodes from `seed` on, which are not scored, one at a time, until enough plans are measured.
     """
@@ -336,12 +358,13 @@ def measure_latency(driver: Driver, env: VectorEnv, seed: int, goals: Callable[[
     stages = sorted({stage for timings in watch.stages for stage in timings})
 
     def spread(values: list[float]) -> dict[str, float | None]:
-        return {f"p{q}": percentile(values, q) if values else None for q in (50, 95)}
+        return {name: percentile(values, q) if values else None for name, q in (("p50", 50), ("p95", 95), ("max", 100))}
 
     whole = spread(watch.totals)
     return {
         "latency_ms_p50": whole["p50"],
         "latency_ms_p95": whole["p95"],
+        "latency_ms_max": whole["max"],
         "latency_ms": {stage: spread([timings.get(stage, 0.0) for timings in watch.stages]) for stage in stages},
         "latency_chunks": len(watch.totals),
         "latency_batch": 1,
