@@ -135,6 +135,7 @@ class Contract:
             "needs_state": self.needs_state,
             "takes_goal": self.takes_goal,
             "modes": list(self.modes),
+            "camera_size": list(self.canvas.cell),
             # what RoboArena's clients read
             "image_resolution": list(self.canvas.stored),
             "needs_wrist_camera": len(exterior) < len(self.cameras),

@@ -130,7 +130,7 @@ def parse(message: Mapping[str, Any], contract: Contract) -> Request:
         deadline_s=_seconds(_number(message, "deadline_ms", 0, 3.6e6)),
         mode=_mode(message, contract),
         steps=_whole(message, "steps", 1, MAX_STEPS),
-        seed=_whole(message, "seed", 0, 2**62),
+        seed=_whole(message, "seed", 0, 2**63 - 1),
         goal=contract.goal(message),
         want_imagined=_wants(message),
         request_id=request_id,

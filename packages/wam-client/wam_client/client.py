@@ -119,9 +119,10 @@ class PolicyClient:
 
     # ------------------------------------------------------------------------------------------ what one does with it
 
-    def observe(self, observation: Observation) -> dict[str, Any]:
-        """Let the server see something, without asking for a plan."""
-        return self._ask(dict(observation.message(), endpoint="observe"))
+    def observe(self, observation: Observation, executed: np.ndarray | None = None) -> dict[str, Any]:
+        """Let the server see something, without asking for a plan; `executed` as in `plan`."""
+        given = {} if executed is None else {"executed": executed}
+        return self._ask(dict(observation.message(), endpoint="observe", **given))
 
     def plan(
         self,
