@@ -30,6 +30,7 @@ class DisturbanceConfig:
     strength: float = 1.0  # of each kind's usual size
     seed: int = 0  # with an episode's seed, decides what happens and when
     share: float = 1.0  # of the episodes in which something happens
+    undisturbed: str | None = None  # rollout.json of the same policy on the same seeds without disturbances: gives success at first attempt, and what disturbances cost
     begins: tuple[float, float] = (0.02, 0.12)  # kinds that begin at a drawn step do so in this part of an episode's `max_steps`
 
     def __post_init__(self) -> None:

@@ -179,12 +179,31 @@ def _drive_wave(run: Run, driver: Driver, wave: Sequence[int], done: Sequence[Ep
     row = summarize([*done, *episodes], hz)
     row["seconds"] = round(before.get("seconds", 0.0) + time.perf_counter() - begun, 2)
     if config.disturbances.kinds:
-        row["recovery"] = recovery(row["episode_results"], hz)
+        row["recovery"] = recovery(row["episode_results"], hz, _undisturbed(run, mode, {episode["seed"] for episode in row["episode_results"]}))
     if agreement is not None:
         row["agreement"] = summarize_agreement([*before.get("agreement", {}).get("episodes", []), *agreement.episodes()], row["episode_results"])
     run.results["modes"][mode] = row
     write_json_atomic(run.path, run.results)
     return episodes
+
+
+def _undisturbed(run: Run, mode: str, seeds: set[int]) -> list[dict[str, Any]] | None:
+    """The same episodes without disturbances, from another rollout of the same weights.
+
+    Raises:
+        FileNotFoundError, ValueError: no such results, or of other weights or seeds.
+    """
+    path = run.config.disturbances.undisturbed
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"disturbances.undisturbed is {path}, and there is no such file; drive the same seeds without --disturb first")
+    found = json.loads(Path(path).read_text())
+    known = {name: found.get(name) == run.results[name] for name in ("env", "checkpoint_sha256", "replan", "sampling", "max_steps")}
+    if not all(known.values()) or mode not in found["modes"]:
+        differs = [name for name, same in known.items() if not same] or [f"mode {mode}"]
+        raise ValueError(f"disturbances.undisturbed is {path}, which differs in {', '.join(differs)}; drive the same policy on the same seeds without --disturb")
+    return [episode for episode in found["modes"][mode]["episode_results"] if episode["seed"] in seeds]
 
 
 def driver_of(policy: Policy, mode: str, config: RolloutConfig, scale: SurpriseScale | None = None) -> Driver:
