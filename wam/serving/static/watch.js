@@ -144,7 +144,7 @@ const HEAR = {
     if (e.surprised) note(e, "surprise " + e.value.toFixed(2), e.why, true);
   },
   refused(e) { note(e, e.code, e.message, true); },
-  ended(e) { note(e, "ended: " + e.why, e.outcome || "", false); page.robots.delete(e.robot); },
+  ended(e) { note(e, e.why === "reset" ? "begins anew" : "ended: " + e.why, e.outcome || "", false); page.robots.delete(e.robot); },
 };
 
 function take(told) {
@@ -202,7 +202,7 @@ function drawTiles() {
     ["latency p50", short(quantile(totals, 0.5)), "ms"],
     ["latency p95", short(quantile(totals, 0.95)), "ms"],
     ["waiting", c.waiting, "in the queue"],
-    ["batch", batch === null ? "\u2013" : batch.toFixed(1), "robots a pass"],
+    ["batch", batch === null ? "\u2013" : batch.toFixed(1), "robots"],
     ["too late", c.missed, "plans", c.missed > 0],
     ["refused", errors, "since start", errors > 0],
     ["gate", sum(c.gate), "actions"],
@@ -242,6 +242,8 @@ function drawEyes() {
   const step = r && r.seen ? "step " + r.seen.step + ", " + (r.seen.step / page.state.server.control_hz).toFixed(1) + " s" : "";
   text($("camera-c"), [cameras.join(", "), "as the policy sees it", step].filter(Boolean).join(" \u00b7 "));
   image.alt = "the newest frame of " + cameras.join(", ");
+  const known = page.state.robots.find((k) => k.key === page.chosen);
+  text($("whose"), known ? named(known.key) + (known.prompt ? ": \u201c" + known.prompt + "\u201d" : "") : "");
   drawPairs(r);
   drawSurprise(r);
 }
@@ -267,7 +269,7 @@ function drawPairs(r) {
 }
 
 function cameIn(address, j) {
-  const image = el("img", { class: "real small", alt: "what came, picture " + (j + 1) });
+  const image = el("img", { class: "real", alt: "what came, picture " + (j + 1) });
   image.dataset.came = "";
   show(image, address);
   return image;
@@ -280,7 +282,7 @@ function pair(block) {
   const slots = (make) => block.pictures.map((address, j) => make(address, j));
   parts.push(el("div", { class: "side corner" }), ...slots((_, j) => el("div", { class: "time" }, "+" + ((block.steps[j] - block.at) / hz).toFixed(2) + " s")));
   parts.push(el("div", { class: "side" }, "imagined"), ...slots((address, j) => {
-    const image = el("img", { class: "dreamt small", alt: "imagined, picture " + (j + 1) });
+    const image = el("img", { class: "dreamt", alt: "imagined, picture " + (j + 1) });
     image.addEventListener("load", () => node.style.setProperty("--ratio", image.naturalWidth + " / " + image.naturalHeight), { once: true });
     show(image, address);
     return image;
@@ -327,7 +329,7 @@ function drawActions() {
   const r = page.robots.get(page.chosen), names = page.state.server.names, box = $("actions");
   if (!r || (!r.acts.length && !r.done.length)) return put(box, el("p", { class: "note" }, "Nothing was planned for this robot since this page looks at it."));
   const horizon = page.state.server.block_actions, now = r.seen ? r.seen.step : r.acts[r.acts.length - 1].step;
-  const from = now - 3 * horizon, to = Math.max(now + 1, ...r.acts.map((p) => p.step + p.made.length));
+  const from = now - 3 * horizon, to = Math.max(now + horizon, ...r.acts.map((p) => p.step + p.made.length));
   const at = Math.min(now, to);
   names.forEach((name, d) => {
     const figure = box.children[d] && box.children[d].tagName === "FIGURE" ? box.children[d] : null;
@@ -349,8 +351,8 @@ function chart(name, d, r, from, to, now) {
   const inside = (points) => points.filter(([step]) => step >= from);
   const paths = [
     svg("path", { class: "now", d: `M${x(now)} 0V${H}` }),
-    svg("path", { class: "done", d: line(done, x, y) }),
     ...sent.map((points, i) => svg("path", { class: "sent" + old(i), d: line(inside(points), x, y) })),
+    svg("path", { class: "done", d: line(done, x, y) }),
     ...made.map((points, i) => svg("path", { class: "made" + old(i), d: line(inside(points), x, y) })),
   ];
   const drawn = svg("svg", { viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", role: "img", "aria-label": `${name}: from ${short(low)} to ${short(high)}` }, ...paths);
