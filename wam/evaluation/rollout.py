@@ -296,6 +296,8 @@ def check_settings(policy: Policy, config: RolloutConfig) -> None:
             log.warning("%s", warning)
     for name in config.modes:
         check_times(policy, Loop(name, policy.config.sampling, replan_of(policy, config), config.execution, config.check, config.planner))
+    if config.execution.time == "asynchronous" and policy.config.noise.prefix == 0:
+        log.warning("execution.time is 'asynchronous', but this checkpoint never saw decided actions in its plans (noise.prefix is 0) and may not go on from them; use guided, or train with noise.prefix")
     _warn_of_seeds(policy, config)
 
 
