@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +38,10 @@ class Loaded:
     scale: SurpriseScale | None
 
 
+class AnotherRobot(ValueError):
+    """The checkpoint is not of the robots that are connected."""
+
+
 def differences(old: Contract, new: Contract, mode: str) -> list[str]:
     """What keeps robots of one contract from going on with another."""
     found = [f"{name} is {_short(getattr(old, name))}, and would be {_short(getattr(new, name))}" for name in SAME if getattr(old, name) != getattr(new, name)]
@@ -55,45 +60,51 @@ class Reloader:
         self.worker, self.load, self.metrics = worker, load, worker.metrics
         self.state: State = "running"
         self.why, self.count = "", 0
-        self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> bool:
         """Begin to load, on the running loop; False: it is loading already."""
-        if self._task is not None and not self._task.done():
+        if self.state == "loading":
             return False
         self.state, self.why = "loading", ""
         self.metrics.reloading.set(1)
         event(log, "reloading")
-        self._task = asyncio.create_task(self._reload())
-        return True
+        loop = asyncio.get_running_loop()
 
-    async def finish(self) -> None:
-        """Wait for what is being loaded."""
-        if self._task is not None:
-            await self._task
+        def work() -> None:
+            error: Exception | None = None
+            try:
+                self._take_up()
+            except Exception as raised:
+                error = raised
+            try:
+                loop.call_soon_threadsafe(self._done, error)
+            except RuntimeError:  # the loop has closed: the server stopped meanwhile
+                log.debug("a checkpoint was loaded for a server that has stopped")
+
+        threading.Thread(target=work, name="wam-reload", daemon=True).start()  # a server that stops does not wait for it
+        return True
 
     def told(self) -> dict[str, Any]:
         """How it stands."""
         return {"state": self.state, "why": self.why, "reloads": self.count, "checkpoint": dict(self.worker.contract.about)}
 
-    async def _reload(self) -> None:
-        try:
-            await asyncio.to_thread(self._take_up)
+    def _done(self, error: Exception | None) -> None:
+        if error is None:
             self.state, self.count = "loaded", self.count + 1
-        except ValueError as error:  # another robot, or files that are no checkpoint
+        elif isinstance(error, AnotherRobot):
             self.state, self.why = "refused", str(error)
-        except Exception as error:
-            log.exception("the checkpoint could not be loaded")
+        else:
+            log.error("the checkpoint could not be loaded", exc_info=error)
             self.state, self.why = "failed", f"{type(error).__name__}; the server's log says more"
         self.metrics.reloading.set(0)
         self.metrics.reloads.labels(self.state).inc()
-        event(log, "reloaded" if self.state == "loaded" else "not reloaded", logging.INFO if self.state == "loaded" else logging.ERROR, why=self.why)
+        event(log, "reloaded" if error is None else "not reloaded", logging.INFO if error is None else logging.ERROR, why=self.why)
 
     def _take_up(self) -> None:
         loaded = self.load()
         found = differences(self.worker.contract, loaded.contract, self.worker.options.mode)
         if found:
-            raise ValueError(f"the checkpoint is of another robot: {'; '.join(found)}; the running one stays. Serve it by a server of its own")
+            raise AnotherRobot(f"the checkpoint is of another robot: {'; '.join(found)}; the running one stays. Serve it by a server of its own")
         self.worker.warm_up(loaded.policy, loaded.contract)
         self.worker.swap(loaded.policy, loaded.contract, loaded.scale, SWAP_S)
 
