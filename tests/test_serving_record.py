@@ -43,7 +43,7 @@ def test_what_robots_saw_and_did_becomes_a_dataset(tmp_path: Path) -> None:
     names = dataset.info["wam"]["recording"]["episodes"]
     for index, name in enumerate(names):
         robot, told = int(served[name].told["session"][-1]), served[name].told
-        seen, state = episode(robot).at(2)
+        _, state = episode(robot).at(2)
         assert dataset.instruction(index, 0) == told["prompt"] == observation(robot, 0)["prompt"]
         for key in (rows.ACTION, rows.EXECUTED):
             np.testing.assert_array_equal(dataset.read(index, key), np.concatenate(sent[robot][: BLOCKS - 1]))
@@ -136,5 +136,5 @@ def test_a_crash_loses_the_episode_in_progress_alone(tmp_path: Path) -> None:
 
 
 def test_a_rate_that_no_dataset_has_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="control rate is 12.5 a second"):
+    with pytest.raises(ValueError, match=r"control rate is 12\.5 a second"):
         Recorder(tmp_path, replace(make_worker().contract, control_hz=12.5), Metrics())
