@@ -109,6 +109,8 @@ class RolloutConfig:
     overlap: bool = False  # simulate half of the robots while the others are planned for: where planning has a processor of its own
     record: str | None = None  # directory of a LeRobot dataset that gets every episode, failures included
     agreement: bool = False  # compare what was imagined with what came, in every plan
+    server: str | None = None  # ws://host:port of a policy server that makes the plans; default: this process, from a checkpoint
+    key_file: str | None = None  # a file with that server's API key
     execution: ExecutionConfig = ExecutionConfig()
     check: CheckConfig = CheckConfig()
     planner: PlannerConfig = PlannerConfig()

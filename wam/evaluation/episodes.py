@@ -10,7 +10,7 @@ nothing else is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -122,6 +122,20 @@ class Driver:
         """How the executor is to make and use plans."""
         return Loop(self.mode, self.solver, self.replan, self.execution, self.check, self.planner, self.noise_seed)
 
+    @property
+    def stride(self) -> int:
+        """Control steps between frames."""
+        return self.policy.config.timeline.stride
+
+    @property
+    def imagines_aside(self) -> bool:
+        """Whether it can be asked what follows from actions, beside the plans."""
+        return self.policy.config.training.modes.get("forward", 0) > 0
+
+    def executor(self, gate: Gate, watch: Callable[[Made], None]) -> Executor:
+        """What makes the plans and uses them."""
+        return Executor(self.policy, self.loop, gate, self.scale, watch)
+
     def drive(self, env: VectorEnv, seeds: Sequence[int], watchers: Sequence[Watcher] = (), goals: Mapping[int, Frames] | None = None) -> list[Episode]:
         """Drive one episode per seed, side by side, until all are over.
 
@@ -178,7 +192,7 @@ class _Wave:
         self.counts = [_Count() for _ in seeds]
         self._row_of: dict[int, int] = {}
         gate = Gate(driver.gate or box_gate(env.action_low, env.action_high), env.action_dim, env.control_hz)
-        self.executor = Executor(driver.policy, driver.loop, gate, driver.scale, self._made)
+        self.executor = driver.executor(gate, self._made)
         first = env.reset(seeds)
         self.running: dict[int, Robot] = {}
         for row, seed in enumerate(seeds):
@@ -221,7 +235,7 @@ class _Wave:
         self._sent = getattr(self, "_sent", {}) | dict(stretches)
         for length in sorted({len(actions) for actions in stretches.values()}):
             rows = [row for row, actions in stretches.items() if len(actions) == length]
-            self.env.submit(np.stack([stretches[row] for row in rows]), rows, self.driver.policy.config.timeline.stride)
+            self.env.submit(np.stack([stretches[row] for row in rows]), rows, self.driver.stride)
 
     def take(self, results: Mapping[int, StepResult]) -> None:
         """Note what came of the stretches."""

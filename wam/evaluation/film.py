@@ -31,9 +31,9 @@ class Film(Watcher):
 
     def __init__(self, driver: Driver, seeds: Sequence[int], rows: Sequence[int], control_hz: float) -> None:
         self._driver, self._seeds = driver, seeds
-        self._forward = driver.policy.config.training.modes.get("forward", 0) > 0
-        self._rate = control_hz / driver.policy.config.timeline.stride  # frames a second, in the robot's time
-        self._stride = driver.policy.config.timeline.stride
+        self._forward = driver.imagines_aside
+        self._rate = control_hz / driver.stride  # frames a second, in the robot's time
+        self._stride = driver.stride
         self._real: dict[int, list[Frames]] = {row: [] for row in rows}
         self._steps: dict[int, int] = dict.fromkeys(rows, 0)  # control steps seen
         self._at: dict[int, list[tuple[int, Frames]]] = {row: [] for row in rows}  # what was imagined, from which control step on

@@ -35,20 +35,23 @@ FORMAT = "wam-rollout-1"
 
 
 def identity(checkpoint: Path, policy: Policy, config: RolloutConfig, replan: int) -> dict[str, Any]:
-    """What decides an episode's outcome; results that differ in any of it are never mixed.
+    """What decides an episode's outcome; results that differ in any of it are never mixed."""
+    policy_is = {"checkpoint_sha256": weights_sha256(checkpoint), "server": None, "sampling": to_dict(policy.config.sampling.with_steps(config.steps))}
+    return policy_is | {"control_hz": policy.control_hz} | episodes_identity(config, replan)
+
+
+def episodes_identity(config: RolloutConfig, replan: int) -> dict[str, Any]:
+    """The part of `identity` that is not the policy's.
 
     The number of episodes belongs to it, because it is to be chosen before results are seen.
     """
     last = config.seed + config.episodes - 1
     return {
         "env": config.env,
-        "checkpoint_sha256": weights_sha256(checkpoint),
         "replan": replan,
         "loop": {name: to_dict(getattr(config, name)) for name in ("execution", "check", "planner", "disturbances")} | {"gate": config.gate},
-        "sampling": to_dict(policy.config.sampling.with_steps(config.steps)),
         "max_steps": config.max_steps,
         "seeds": {"first": config.seed, "last": last, "test": config.seed in TEST and last in TEST},
-        "control_hz": policy.control_hz,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "gl_backend": choose_backend(),
         "versions": _versions(config.env),
@@ -115,7 +118,7 @@ def summarize(episodes: Sequence[Episode], control_hz: float) -> dict[str, Any]:
         "control_hz_reached": control_hz * acted / steps if steps else None,
         "surprises": sum(episode.surprises for episode in scored),
         "replans": sum(episode.replans for episode in scored),
-        "flops_per_episode": float(np.mean([episode.flops for episode in scored])) if scored else None,
+        "flops_per_episode": float(np.mean([episode.flops for episode in scored])) if any(episode.flops for episode in scored) else None,
         "episode_results": [{**asdict(episode), "events": list(episode.events)} for episode in ordered],
     }
 

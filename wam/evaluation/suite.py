@@ -51,7 +51,7 @@ def tasks_of(env: str) -> tuple[str, ...]:
     return (env,)
 
 
-def rollout_suite(checkpoint: Path, config: RolloutConfig, output: Path) -> dict[str, Any]:
+def rollout_suite(checkpoint: Path | None, config: RolloutConfig, output: Path) -> dict[str, Any]:
     """Drive every task of the suite `config.env` and put the counts side by side.
 
     Args:
