@@ -26,6 +26,8 @@ LEVELS = (
 )
 APART = {"wam.training", "wam.inference"}
 OPTIONAL = {"metaworld", "mujoco", "decord", "tensorboard", "matplotlib", "xformers", "deepspeed", "peft", "torchcodec", "wandb", "gymnasium", "gym_pusht", "libero", "lerobot"}
+HEAVY = {"diffusers", "transformers"}  # take seconds to import; only a model needs them
+WITHOUT_A_MODEL = ("wam.cli", "wam.evaluation.vector", "wam.evaluation.collect", "wam.evaluation.baseline_runs", "wam.evaluation.check_report", "wam.evaluation.report", "wam.evaluation.paired")
 SIMULATORS = {"metaworld", "mujoco"}  # an environment's own file in wam/evaluation may need its simulator; nothing else may then need that file
 
 
@@ -83,15 +85,33 @@ def module_level(body: list[ast.stmt]) -> list[ast.stmt]:
     return found
 
 
-def optional_imports(tree: ast.Module) -> set[str]:
-    """Optional packages that are imported as soon as a module is."""
+def packages(tree: ast.Module) -> set[str]:
+    """What is imported as soon as a module is: packages, and the full names of what may be modules in them."""
     found = set()
     for node in module_level(tree.body):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name.split(".")[0] for name in found} & OPTIONAL | ({"tensorboard"} if any(name.startswith("torch.utils.tensorboard") for name in found) else set())
+    return found | {name.split(".")[0] for name in found}
+
+
+def optional_imports(tree: ast.Module) -> set[str]:
+    """Optional packages that are imported as soon as a module is."""
+    found = packages(tree)
+    return found & OPTIONAL | ({"tensorboard"} if any(name.startswith("torch.utils.tensorboard") for name in found) else set())
+
+
+def waits(start: str, early: dict[str, set[str]], heavy: set[str]) -> list[str]:
+    """The imports that lead from a module to one of `heavy` when it is imported; empty where none do."""
+    ways, known = [[start]], {start}
+    for way in ways:
+        if way[-1] in heavy:
+            return way
+        ahead = sorted(early.get(way[-1], set()) - known)
+        ways += [[*way, module] for module in ahead]
+        known.update(ahead)
+    return []
 
 
 def needless(early: dict[str, set[str]], optional: dict[str, set[str]]) -> list[str]:
@@ -137,6 +157,14 @@ def test_optional_packages_are_imported_where_they_are_used(trees: dict[Path, as
     assert not found, "\n".join(found)
 
 
+def test_what_needs_no_model_does_not_wait_for_its_libraries(trees: dict[Path, ast.Module]) -> None:
+    """`wam report`, and every process of a simulator, would take seconds longer to start."""
+    early, heavy = graph_of(trees, early=True), {module_name(path) for path, tree in trees.items() if packages(tree) & HEAVY}
+    found = [" imports ".join(way) for start in WITHOUT_A_MODEL if (way := waits(start, early, heavy))]
+    assert not found, "\n".join(found)
+    assert waits("wam.training.loop", early, heavy), "training needs a model"
+
+
 def test_the_checks_see_what_they_should() -> None:
     modules = {"wam.files", "wam.model", "wam.model.cache", "wam.data.windows", "wam.training.loop"}
     source = "from wam import files\nfrom . import cache\nfrom .cache import Cache\ndef f():\n    import wam.training.loop\n"
@@ -155,6 +183,9 @@ def test_the_checks_see_what_they_should() -> None:
         "tensorboard",
     }
     assert not optional_imports(ast.parse("import torch\ndef f():\n    import mujoco\nif TYPE_CHECKING:\n    import peft"))
+
+    early = {"wam.cli": {"wam.data.video", "wam.data.views"}, "wam.data.video": {"wam.figures"}, "wam.data.views": {"wam.model.wam"}, "wam.figures": {"wam.data.video"}}
+    assert waits("wam.cli", early, {"wam.model.wam"}) == ["wam.cli", "wam.data.views", "wam.model.wam"] and not waits("wam.data.video", early, {"wam.model.wam"})
 
     simulator = {"wam.evaluation.robosim": {"mujoco"}, "wam.data.video": set()}
     assert not needless({"wam.evaluation.robosim": set()}, simulator)

@@ -22,13 +22,13 @@ import torch
 from wam.config import ImagineConfig
 from wam.config_robot import EmbodimentConfig
 from wam.evaluation.statistics import wilson
-from wam.inference.session import Session
 from wam.pictures import moving_mask
-from wam.pretrained import Policy
 from wam.relations import trained_modes, untrained_mode_warning
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a report reads `sentences`, and should not wait for a model's libraries
     from wam.evaluation.imagination import Clip
+    from wam.inference.session import Session
+    from wam.pretrained import Policy
 
 SAME = 1e-6  # of the normalised range: a dimension that spreads less than this stands still
 

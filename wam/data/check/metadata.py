@@ -12,7 +12,6 @@ from wam.data.check.evidence import Evidence, read_json
 from wam.data.check.findings import Finding, Level, some
 from wam.data.lerobot import TASKS, Episode
 from wam.data.normalize import SMALLEST_RANGE, Normalizer
-from wam.pretrained import ADAPTER, NORMALIZER
 
 STATS = "meta/stats.json"
 PLACEHOLDERS = frozenset(
@@ -156,8 +155,12 @@ def _vector(value: Any) -> np.ndarray:
 
 def _normalizer(evidence: Evidence) -> list[Finding]:
     """A policy that goes on with the normaliser of another robot clips what it does not know."""
-    path = evidence.checkpoint / NORMALIZER if evidence.checkpoint else None
-    if path is None or not path.is_file():
+    if evidence.checkpoint is None:
+        return []
+    from wam.pretrained import NORMALIZER  # takes seconds: only where there is a checkpoint
+
+    path = evidence.checkpoint / NORMALIZER
+    if not path.is_file():
         return []
     units = evidence.units
     try:
@@ -213,11 +216,14 @@ def _outside(evidence: Evidence, name: str, normalizer: Normalizer, limit: float
 
 def lora_base(evidence: Evidence) -> list[Finding]:
     """Adapters of the checkpoint that training goes on from, against the backbone that the config names."""
-    folder, model = evidence.checkpoint and evidence.checkpoint / ADAPTER, evidence.config.model
-    if folder is None or not folder.is_dir():
+    if evidence.checkpoint is None:
         return []
     from wam.model.lora import read_adapter
+    from wam.pretrained import ADAPTER
 
+    folder, model = evidence.checkpoint / ADAPTER, evidence.config.model
+    if not folder.is_dir():
+        return []
     described, _ = read_adapter(folder)
     if model.pretrained is None:
         return [

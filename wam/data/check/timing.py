@@ -24,7 +24,6 @@ from wam.data.check.evidence import TIMESTAMP, Evidence, read_json
 from wam.data.check.findings import Finding, Level, some
 from wam.data.normalize import SMALLEST_RANGE
 from wam.data.windows import block_rows, rows_at
-from wam.pretrained import META
 
 MOST_LAG = 0.6  # seconds in which a shift is looked for, at most a quarter of the shortest episode
 AGREES, GAIN = 0.2, 0.05  # least correlation at the best shift, and how much better than no shift it must be
@@ -204,7 +203,11 @@ def _model_rates(evidence: Evidence) -> list[Finding]:
     """How long blocks and windows are in seconds, and whether a checkpoint was trained at this rate."""
     fps, found = evidence.dataset.fps, list[Finding]()
     clock = evidence.config.data.control_hz or fps  # control steps a second of the model
-    meta = read_json(evidence.checkpoint / META) if evidence.checkpoint else None
+    meta = None
+    if evidence.checkpoint is not None:
+        from wam.pretrained import META  # takes seconds: only where there is a checkpoint
+
+        meta = read_json(evidence.checkpoint / META)
     if meta and meta.get("control_hz") and abs(float(meta["control_hz"]) / clock - 1) > 0.01:
         found.append(
             Finding(
