@@ -15,6 +15,7 @@ stage of a chunk and of training against the machine's own matmul rate. Both sid
 And how fast data is read (`data`): this reader, raw decord and LeRobot's own over the same windows of the same files.
 What a closed loop spends its time on (`loop`): stages of a plan, plans of several robots, episodes side by side and one by one.
 What several candidates cost beside one (`planner`), drawn and imagined on one memory.
+What a policy server gives many robots (`serve`), beside itself without batching and openpi's loop around the same policy; or, with --soak, whether it stays as it was.
 And training (`train`): steps of a config by phase, on one process and on several, and the memory of every ZeRO stage against arithmetic.
 
 examples:
@@ -26,6 +27,8 @@ examples:
   wam bench data --data data/metaworld_sample --workers 0,4      on one that is there
   wam bench loop --checkpoint runs/demo/train/checkpoint         in the simulator that it was trained for
   wam bench planner --checkpoint runs/demo/train/checkpoint      eight candidates against one, on it and at widths 256, 512 and 1024
+  wam bench serve --checkpoint runs/demo/train/checkpoint        latencies and plans a second of 1, 4 and 16 robots, in skip and joint
+  wam bench serve --checkpoint runs/demo/train/checkpoint --soak 60          an hour of robots that come and go; exit code 1 if memory grows or a request is lost
   wam bench train data.root=data/metaworld_sample                where a step's time goes, and what each process holds, engine by engine
   wam bench train --engines ddp,zero3 --processes 4 training.batch_size=16
 
@@ -35,7 +38,7 @@ writes: nothing, or every number as JSON (--json)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="WHAT", choices=("model", "data", "loop", "planner", "train"), help="model, data, loop, planner or train")
+    parser.add_argument("what", metavar="WHAT", choices=("model", "data", "loop", "planner", "serve", "train"), help="model, data, loop, planner, serve or train")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--sizes", metavar="A,B", help="model, planner: widths, and of model 1.3b, 5b, 14b, tiny (default: 256,512,1024 on a CPU, 1.3b,5b,14b on a GPU); data: 64x64, 180x320")
     parser.add_argument("--dtype", metavar="NAME", help="float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
@@ -52,10 +55,13 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--workers", metavar="A,B", type=names, default=["0", "2"], help="loader processes (default: 0,2)")
     data.add_argument("--batch", metavar="N", type=positive, default=8, help="windows in a batch (default: 8)")
     loop = parser.add_argument_group("of loop")
-    loop.add_argument("--checkpoint", metavar="DIR", type=Path, help="the policy that is driven; of planner, one that is measured too")
+    loop.add_argument("--checkpoint", metavar="DIR", type=Path, help="the policy that is driven, or served; of planner, one that is measured too")
     loop.add_argument("--env", metavar="NAME", default="metaworld/drawer-open-v3", help="where (default: metaworld/drawer-open-v3)")
     loop.add_argument("--modes", metavar="A,B", type=names, help="modes whose stages are measured; the first is driven (default: those of the checkpoint)")
     loop.add_argument("--robots", metavar="N", type=positive, default=16, help="side by side (default: 16)")
+    serve = parser.add_argument_group("of serve (and --checkpoint, --modes)")
+    serve.add_argument("--sessions", metavar="A,B", type=names, default=["1", "4", "16"], help="numbers of robots (default: 1,4,16)")
+    serve.add_argument("--soak", metavar="MINUTES", type=float, help="in place of speed: robots that come and go, memory, and requests that are all accounted for")
     train = parser.add_argument_group("of train")
     train.add_argument("--config", metavar="FILE", default="configs/metaworld_tiny.yaml", help="what is trained (default: configs/metaworld_tiny.yaml)")
     train.add_argument("--engines", metavar="A,B", type=names, help="single, ddp, zero1, zero2, zero3, fsdp2 (default: all)")
@@ -110,17 +116,52 @@ def _bench_planner(args: argparse.Namespace) -> None:
     bench_planner(PlannerOptions(**chosen, sizes=sizes, command=" ".join(["wam bench planner", *words, *(["--quick"] if args.quick else [])])))
 
 
-def _bench(args: argparse.Namespace) -> None:
+def _bench_serve(args: argparse.Namespace) -> int:
+    if args.checkpoint is None:
+        raise ValueError("wam bench serve serves a trained policy; name its folder, e.g. --checkpoint runs/demo/train/checkpoint")
+    if not all(name.isdigit() and int(name) for name in args.sessions):
+        raise ValueError(f"--sessions is {','.join(args.sessions)}; expected numbers of robots such as 1,4,16")
+    try:
+        import websockets  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the policy server cannot be imported ({error}); pip install 'wam[serve]'") from error
+    if args.soak is not None:
+        from wam.evaluation.bench.serve_soak import SoakOptions, bench_soak
+
+        if args.soak <= 0:
+            raise ValueError(f"--soak is {args.soak:g}; expected minutes, above 0")
+        mode = {"mode": args.modes[0]} if args.modes else {}
+        return bench_soak(SoakOptions(checkpoint=args.checkpoint, minutes=args.soak, device=args.device, threads=args.threads, json=args.json, **mode))
+
+    from wam.evaluation.bench.serve import ServeBenchOptions, bench_serve
+
+    chosen = {name: getattr(args, name) for name in ("checkpoint", "device", "threads", "quick", "check", "json", "markdown")}
+    given = {name: getattr(args, name) for name in ("checkpoint", "modes", "sessions", "device", "threads", "repeats")}
+    words = [w for flag, value in given.items() if value != args.parser.get_default(flag) for w in (f"--{flag}", ",".join(value) if isinstance(value, list) else str(value))]
+    more = {} if args.repeats == args.parser.get_default("repeats") else {"repeats": args.repeats}
+    more |= {"modes": tuple(args.modes)} if args.modes else {}
+    command = " ".join(["wam bench serve", *words, *(["--quick"] if args.quick else [])])
+    bench_serve(ServeBenchOptions(**chosen, **more, sessions=tuple(map(int, args.sessions)), command=command))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
     if args.what == "train":
-        return _bench_train(args)
+        _bench_train(args)
+        return 0
     if args.overrides:
         raise ValueError(f"wam bench {args.what} reads no config, so {' '.join(args.overrides)} changes nothing; leave it out, or use wam bench train")
     if args.what == "data":
-        return _bench_data(args)
+        _bench_data(args)
+        return 0
     if args.what == "loop":
-        return _bench_loop(args)
+        _bench_loop(args)
+        return 0
     if args.what == "planner":
-        return _bench_planner(args)
+        _bench_planner(args)
+        return 0
+    if args.what == "serve":
+        return _bench_serve(args)
 
     from wam.evaluation.bench.run import Options, bench_model
 
@@ -128,6 +169,7 @@ def _bench(args: argparse.Namespace) -> None:
     words = [w for flag in ("device", "sizes", "dtype", "threads", "repeats") if (value := getattr(args, flag)) != args.parser.get_default(flag) for w in (f"--{flag}", str(value))]
     chosen["sizes"] = tuple(size for size in (args.sizes or "").split(",") if size)
     bench_model(Options(**{**chosen, "command": " ".join(["wam bench model", *words, *(["--quick"] if args.quick else [])])}))
+    return 0
 
 
 COMMANDS = (

@@ -343,8 +343,8 @@ def dry_run_through_server(config: RolloutConfig) -> str:
     Raises:
         ValueError, ServerRefused, ImportError, EnvironmentCrash: as `rollout_through_server`.
     """
-    assert config.server is not None
     config = replace(config, batch=1, execution=ExecutionConfig())
+    assert config.server is not None
     served = Served.connect(config.server, config.key_file)
     try:
         check_settings(served, config)
@@ -417,7 +417,7 @@ def check_loop(served: Served, loop: Loop) -> None:
 def open_environment(served: Served, config: RolloutConfig) -> VectorEnv:
     """The environment, drawn as large as the policy sees each camera; the server lays the pictures on its canvas."""
     cameras, (high, wide) = tuple(served.told["cameras"]), served.told["camera_size"]
-    settings = {"camera": cameras[0] if len(cameras) == 1 else cameras, "image_size": high if high == wide else (high, wide)}
+    settings: dict[str, Any] = {"camera": cameras[0] if len(cameras) == 1 else cameras, "image_size": high if high == wide else (high, wide)}
     rows = 1 if config.execution.realtime else min(config.batch, config.episodes)
     return VectorEnv(config.env, rows, config.workers, max_steps=config.max_steps, disturbances=config.disturbances, **settings)
 
