@@ -45,7 +45,7 @@ class Browser:
         self.problems: list[str] = []
         self._number = 0
         port, where = self._port()
-        self.socket = connect(f"ws://127.0.0.1:{port}{where}", max_size=None, compression=None)
+        self.socket = connect(f"ws://127.0.0.1:{port}{where}", max_size=None, compression=None).__enter__()
         target = next(t for t in self._send("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self.session = self._send("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):

@@ -118,7 +118,12 @@ function robot(key) {
 
 function push(list, item, most) { list.push(item); if (list.length > most) list.splice(0, list.length - most); }
 
-function note(event, what, words, bad) { page.log.unshift({ time: event.time, who: named(event.robot), what, words, bad }); page.log.length = Math.min(page.log.length, KEEP.log); }
+function note(event, what, words, bad) { // what a robot does again goes to the top, and is counted
+  const who = named(event.robot), same = page.log.findIndex((l, i) => i < 12 && l.who === who && l.what === what);
+  const times = same < 0 ? 1 : page.log.splice(same, 1)[0].times + 1;
+  page.log.unshift({ time: event.time, who, what, words, bad, times });
+  page.log.length = Math.min(page.log.length, KEEP.log);
+}
 
 const HEAR = {
   plan(e) {
@@ -141,7 +146,7 @@ const HEAR = {
   },
   surprise(e) {
     push(robot(e.robot).surprise, e, KEEP.surprise);
-    if (e.surprised) note(e, "surprise " + e.value.toFixed(2), e.why, true);
+    if (e.surprised) note(e, "surprise", e.why, true);
   },
   refused(e) { note(e, e.code, e.message, true); },
   ended(e) { note(e, e.why === "reset" ? "begins anew" : "ended: " + e.why, e.outcome || "", false); page.robots.delete(e.robot); },
@@ -430,7 +435,7 @@ function drawCounts() {
 function drawLog() {
   if (page.drawn === page.log[0]) return;
   page.drawn = page.log[0];
-  put($("log"), ...page.log.map((l) => el("li", { class: l.bad ? "bad" : null }, el("time", {}, clock(l.time)), el("b", {}, l.what), el("span", {}, l.who + (l.words ? ": " + l.words : "")))));
+  put($("log"), ...page.log.map((l) => el("li", { class: l.bad ? "bad" : null }, el("time", {}, clock(l.time)), el("b", {}, l.what + (l.times > 1 ? " \u00d7" + l.times : "")), el("span", {}, l.who + (l.words ? ": " + l.words : "")))));
 }
 
 /* ---------------------------------------------------------------------------------------------- hands */
