@@ -23,7 +23,7 @@ import numpy as np
 
 from wam.serving.contract import Contract
 from wam.serving.errors import ServingError
-from wam.serving.wire import pack
+from wam.serving.wire import Limits, pack, unpack
 
 Dialect = Literal["openpi", "roboarena", "wam"]
 Kind = Literal["plan", "observe", "reset"]
@@ -135,6 +135,29 @@ def parse(message: Mapping[str, Any], contract: Contract) -> Request:
         want_imagined=_wants(message),
         request_id=request_id,
     )
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a message's bytes say, or why they say nothing; and in which words the answer is to be."""
+
+    dialect: Dialect
+    request_id: str | int | None
+    said: Request | ServingError
+
+
+def hear(data: bytes, limits: Limits, contract: Contract) -> Heard:
+    """Bytes as a request, in one go: all that takes time is done on the thread that calls this."""
+    dialect: Dialect = "openpi"
+    request_id = None
+    try:
+        message = unpack(data, limits)
+        dialect, _ = dialect_of(message)
+        given = message.get("request_id")
+        request_id = given if type(given) is int or (isinstance(given, str) and len(given) <= MAX_ID) else None
+        return Heard(dialect, request_id, parse(message, contract))
+    except ServingError as error:
+        return Heard(dialect, request_id, error)
 
 
 # ------------------------------------------------------------------------------------------------ values

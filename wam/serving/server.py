@@ -1,9 +1,9 @@
 """The policy server: websockets on one event loop, one worker thread for the model.
 
-    client --- frame ---> rate, size --- decode (a thread) ---> entry, its lock --- job ---> worker
+    client --- frame ---> rate, size --- decode (large: a thread) ---> entry, its lock --- job ---> worker
            <-- reply ---------------------------------------------------------------------- future
 
-The loop never computes, so pings and /healthz are answered while the model works.  A connection is answered message by message, in
+The loop computes nothing that takes more than a millisecond, so pings and /healthz are answered while the model works.  A connection is answered message by message, in
 order; a client that reads slowly holds up itself alone.  A client that goes away while its plan waits takes the plan out of the queue.
 Clients that come before the model is warm are let in, and get the metadata they wait for when it is.
 """
@@ -32,19 +32,20 @@ from wam.serving.events import Ended, Refused, observed
 from wam.serving.job import Job, internal
 from wam.serving.live import Live
 from wam.serving.logs import event
-from wam.serving.messages import Dialect, Request, dialect_of, done_reply, error_reply, parse, plan_reply
+from wam.serving.messages import Dialect, Request, done_reply, error_reply, hear, plan_reply
 from wam.serving.options import ServeOptions
 from wam.serving.page import respond_live, respond_page
 from wam.serving.recorder import Recorder
 from wam.serving.reload import Loaded, Reloader
 from wam.serving.sessions import Entry, SessionStore
-from wam.serving.wire import pack, unpack
+from wam.serving.wire import pack
 from wam.serving.worker import Worker
 
 log = logging.getLogger(__name__)
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 SWEEP_S = 5.0
+AT_ONCE = 1 << 20  # bytes of a message that the loop reads itself: within a millisecond, less than handing it to a thread and back takes on a busy machine
 RECORD_S = 60.0  # longest that a stopping server writes what it recorded
 
 
@@ -297,15 +298,15 @@ class PolicyServer:
                 raise ServingError("rate_limited", f"more than {self.options.rate:g} requests a second", "ask more rarely")
             if isinstance(data, str):
                 raise ServingError("bad_message", "the message is text", "send binary frames of msgpack")
-            message = await asyncio.to_thread(unpack, data, self.options.limits)
-            dialect, kind = dialect_of(message)
-            candidate = message.get("request_id")
-            request_id = candidate if type(candidate) is int or (isinstance(candidate, str) and len(candidate) <= 128) else None
+            parts = (data, self.options.limits, self.contract)
+            heard = hear(*parts) if len(data) <= AT_ONCE else await asyncio.to_thread(hear, *parts)
+            dialect, request_id = heard.dialect, heard.request_id
             if self._stopping:
                 raise ServingError("shutting_down", "the server is stopping", "hold, and connect again later")
-            request = await asyncio.to_thread(parse, message, self.contract)
-            self.metrics.requests.labels(dialect, kind).inc()
-            return await self._do(client, request, arrival)
+            if isinstance(heard.said, ServingError):
+                raise heard.said
+            self.metrics.requests.labels(dialect, heard.said.kind).inc()
+            return await self._do(client, heard.said, arrival)
         except ServingError as error:
             self.metrics.errors.labels(error.code).inc()
             event(log, "refused", client=client.key, code=error.code, why=error.message)
