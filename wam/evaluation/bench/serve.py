@@ -77,7 +77,7 @@ def bench_serve(options: ServeBenchOptions) -> Report:
 
 
 def _throughput(options: ServeBenchOptions) -> list[Row]:
-    common = {"checkpoint": options.checkpoint, "device": options.device, "threads": options.threads}
+    common: dict[str, Any] = {"checkpoint": options.checkpoint, "device": options.device, "threads": options.threads}
     sides = (Side(OURS, **common), Side(ALONE, max_batch=1, **common), Side(OPENPI, loop="openpi", **common))
     taken: dict[tuple[str, int, str], list[Load]] = {}
     with ExitStack() as stack:

@@ -34,7 +34,7 @@ from wam.inference.session import Plan, Session
 from wam.pretrained import Policy, from_pretrained
 from wam.serving.contract import Contract
 from wam.serving.job import Job
-from wam.serving.memory import RobotMemory, TimeRules
+from wam.serving.memory import RobotMemory, Sent, TimeRules
 from wam.serving.messages import parse
 from wam.serving.metrics import Metrics
 from wam.serving.options import ServeOptions
@@ -209,8 +209,9 @@ class Infer:
             self.session = Session(self.policy, [request.prompt], self.contract.robot.name, [0])
         calls, _ = self.memory.calls(self.session)
         plan = run([self.session], [[*calls, Think(request.mode or self.contract.modes[0], self.policy.config.sampling)]])[0]
+        assert plan is not None and plan.actions is not None and self.memory.now is not None
         self.memory.head = self.memory.now
-        assert plan is not None and plan.actions is not None
+        self.memory.plans.append(Sent(self.memory.now, plan.actions[0]))  # which the robot executes
         return {"actions": plan.actions[0], "policy_timing": {"infer_ms": (time.monotonic() - begun) * 1e3}}
 
 

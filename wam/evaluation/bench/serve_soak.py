@@ -30,10 +30,11 @@ from wam.evaluation.bench.serve_sides import ServerProcess, Side
 from wam.files import write_json_atomic
 from wam.serving.wire import pack, unpack
 
-ROBOTS, SEATS = 6, 5  # at a time, and sessions that the server has room for
+ROBOTS, SEATS = 6, 6  # at a time, and sessions that the server has room for: named ones stay, so there is always one to make room
 BLOCKS, T_95 = 12, 2.228  # means that the line goes through, and Student's t of 95 % for them (10 degrees of freedom)
 WARMING = 0.25  # of the time
 GROWTH = 16.0  # MiB an hour that are no leak
+LEAST_S = 120.0  # a shorter soak says nothing about memory
 KINDS = {"steady": 6, "killed": 2, "slow": 1, "garbage": 3}
 SETTLE_S = 30.0  # for the server to notice that all have gone
 
@@ -139,11 +140,11 @@ def bench_soak(options: SoakOptions) -> int:
 
 
 def growth(samples: Sequence[tuple[float, float]]) -> Growth | None:
-    """Of samples (seconds, MiB), after warming up; None: too few of them.
+    """Of samples (seconds, MiB), after warming up; None: too few of them, or too short a time.
 
     Samples lie too close for each to count by itself, so the line goes through the means of blocks (batch means).
     """
-    if not samples:
+    if not samples or samples[-1][0] - samples[0][0] < LEAST_S:
         return None
     at, mib = np.array(samples).T
     warm = at >= at[0] + WARMING * (at[-1] - at[0])
