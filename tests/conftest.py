@@ -3,7 +3,15 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_curves() -> None:
+    """A run ends with a picture of its curves, which takes longer than a tiny run itself: test_curves.py draws it, and test_training.py once at the end of a run."""
+    if loop := sys.modules.get("wam.training.loop"):  # imported by the tests that train, and by no others
+        loop.draw_at_end = lambda output: None  # type: ignore[attr-defined]

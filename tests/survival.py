@@ -99,7 +99,10 @@ def _free_port() -> int:
 
 
 def _entry(rank: int, world: int, port: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    from wam.training import loop
+
     torch.set_num_threads(1)
+    loop.draw_at_end = lambda output: None  # as in conftest.py
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     target(*args)

@@ -17,6 +17,7 @@ from wam.pretrained import Policy, from_pretrained
 from wam.training import loop
 from wam.training.build import fit_codec
 from wam.training.checkpoints import state_folder
+from wam.training.curves import CURVES, draw_at_end
 from wam.training.loop import train
 from wam.training.objective import Objective
 
@@ -67,13 +68,15 @@ def test_a_damaged_state_says_what_to_do(tmp_path: Path) -> None:
         train(_config("training.steps=1"), tmp_path)
 
 
-def test_validation_stands_beside_its_baselines_and_a_checkpoint_loads(tmp_path: Path) -> None:
+def test_validation_stands_beside_its_baselines_and_a_checkpoint_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "draw_at_end", draw_at_end)  # which conftest.py leaves out
     checkpoint = train(_config("training.steps=1"), tmp_path)
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert {"val/action_mse/skip", "val/action_mse/hold", "val/action_mse/mean", "val/imagine/video", "val/forward/action"} <= set(last)
     policy = from_pretrained(checkpoint)
     assert policy.control_hz == 80 and "open" in " ".join(policy.meta["tasks"]).lower()
     assert torch.equal(policy.model.action_decoder.table, newest_state(tmp_path)["ema.action_decoder.table"])
+    assert (tmp_path / CURVES).stat().st_size > 10_000
 
 
 def test_a_checkpoint_whose_config_does_not_match_is_refused(tmp_path: Path) -> None:
