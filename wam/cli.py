@@ -86,7 +86,18 @@ def _serve_command() -> Command:
     return Command("serve", "serve plans to robots over websockets", SERVE, add_arguments, serve)
 
 
-COMMANDS = (*data.COMMANDS, *run.COMMANDS, *loop.COMMANDS, *baselines.COMMANDS, *compare.COMMANDS, _serve_command(), *model.COMMANDS, *results.COMMANDS, *bench.COMMANDS)
+def _replay_command() -> Command:
+    from wam.serving.replay_cli import REPLAY, add_arguments  # imports nothing heavy
+
+    def replay(args: argparse.Namespace) -> None:
+        from wam.serving.replay_cli import run
+
+        run(args)
+
+    return Command("replay", "plan a server's recording again with another checkpoint", REPLAY, add_arguments, replay)
+
+
+COMMANDS = (*data.COMMANDS, *run.COMMANDS, *loop.COMMANDS, *baselines.COMMANDS, *compare.COMMANDS, _serve_command(), _replay_command(), *model.COMMANDS, *results.COMMANDS, *bench.COMMANDS)
 
 
 # ------------------------------------------------------------------------------------------------ entry point

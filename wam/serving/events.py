@@ -57,6 +57,7 @@ class Planned:
         made, passed: (A, d) before the gate, (n, d) after it.
         committed: first actions that were decided already.
         imagined: latents (C, k, h, w), or None.
+        goal: a picture that the policy was given, uint8 (H, W, 3), or None.
         about: the reply's `plan`, `server_timing` and `policy_timing`.
     """
 
@@ -69,6 +70,7 @@ class Planned:
     made: np.ndarray
     passed: np.ndarray
     imagined: Tensor | None
+    goal: np.ndarray | None
     about: Mapping[str, Any]
 
 

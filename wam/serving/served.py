@@ -6,6 +6,7 @@
                             states    (o, 1 + d)      step, and the state
                             made      (P, A, d)       plans before the gate; NaN behind their end
                             passed    (P, A, d)       what was sent of them
+                            goals     (g, H, W, 3)    pictures that the policy was given
 
 With the dataset's frames and `action.executed` that is all that a plan depended on, but for what a video loses of a picture.
 """
@@ -24,6 +25,7 @@ from wam.files import atomic_path
 from wam.serving.contract import Contract
 from wam.serving.events import Planned
 
+ARRAYS = ("seen", "tail_at", "tail", "states", "made", "passed", "goals")
 FOLDER, FORMAT = "served", "wam-served-1"
 
 
@@ -43,6 +45,7 @@ class Served:
     states: np.ndarray
     made: np.ndarray
     passed: np.ndarray
+    goals: np.ndarray
 
     @classmethod
     def of(
@@ -61,8 +64,10 @@ class Served:
         made, passed = (np.full((len(plans), contract.horizon, d.raw_action_dim), np.nan, np.float32) for _ in range(2))
         for row, (_, plan) in enumerate(plans):
             made[row, : len(plan.made)], passed[row, : len(plan.passed)] = plan.made, plan.passed
+        goals = list({id(p.goal): p.goal for _, p in plans if p.goal is not None}.values())
+        place = {id(goal): i for i, goal in enumerate(goals)}
         entries = [
-            {"at": at, "mode": p.mode, "steps": p.steps, "seed": p.seed, "committed": p.committed, "length": len(p.made), "passed": len(p.passed), **p.about}
+            {"at": at, "goal": place.get(id(p.goal)), "mode": p.mode, "steps": p.steps, "seed": p.seed, "committed": p.committed, "length": len(p.made), "passed": len(p.passed), **p.about}
             for at, p in plans
         ]
         told = {"format": FORMAT, **about, "robot": robot_facts(contract), "observations": list(observations), "plans": entries, "errors": list(errors)}
@@ -75,6 +80,7 @@ class Served:
             np.array(numbers, np.float64).reshape(len(numbers), 1 + d.raw_state_dim),
             made,
             passed,
+            np.stack(goals) if goals else np.zeros((0, *size, 3), np.uint8),
         )
 
 
@@ -99,7 +105,7 @@ def write_served(root: Path, name: str, served: Served) -> None:
     """
     folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {key: getattr(served, key) for key in ("seen", "tail_at", "tail", "states", "made", "passed")}
+    arrays: dict[str, Any] = {key: getattr(served, key) for key in ARRAYS}
     with atomic_path(folder / f"{name}.npz") as temporary:
         np.savez_compressed(temporary, told=np.array(json.dumps(served.told)), **arrays)
 
@@ -113,7 +119,7 @@ def read_served(path: Path) -> Served:
     try:
         with np.load(path, allow_pickle=False) as stored:
             told = json.loads(str(stored["told"]))
-            arrays = {key: stored[key] for key in ("seen", "tail_at", "tail", "states", "made", "passed")}
+            arrays = {key: stored[key] for key in ARRAYS}
     except Exception as error:  # zip, numpy and JSON each have errors of their own
         raise ValueError(f"{path} cannot be read as plans that `wam serve --record` kept ({error}); leave it out, or record again") from error
     if told.get("format") != FORMAT:

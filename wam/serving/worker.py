@@ -278,7 +278,7 @@ class Worker:
         in_time(job, self.metrics)
         if entry.stopped is not None:
             raise ServingError("stopped", f"the gate stopped this session: {entry.stopped}", "look at the robot, then reset the session")
-        goal = entry.goal if request.goal is None else request.goal
+        goal = entry.goal if request.goal is None or (entry.goal is not None and np.array_equal(request.goal, entry.goal)) else request.goal
         prompt = request.prompt or entry.prompt or (None if goal is None else "")
         if prompt is None:
             raise ServingError("missing_key", "the prompt is missing", "send an instruction with the first message of a session")
@@ -287,7 +287,7 @@ class Worker:
             self.tell(observed(entry.key, entry.memory, request, seen, prompt))
         self._compare(job, begins=seen.before is None)
         seed = request.seed if request.seed is not None else entry.seed if entry.seed is not None else self.options.seed
-        same = prompt == entry.prompt and seed == entry.seed and (goal is entry.goal or (goal is not None and entry.goal is not None and np.array_equal(goal, entry.goal)))
+        same = prompt == entry.prompt and seed == entry.seed and goal is entry.goal
         entry.prompt, entry.seed, entry.goal = prompt, seed, goal
         if entry.session is None or not same or entry.session.policy is not self.policy:
             entry.session, entry.memory.head = self._session(entry), None
@@ -388,7 +388,7 @@ class Worker:
             about: dict[str, Any] = {name: reply[name] for name in ("plan", "server_timing", "policy_timing", "surprise") if name in reply}
             committed = 0 if job.committed is None else job.committed.shape[1]
             imagined = None if plan.imagined is None else plan.imagined[0]
-            self.tell(Planned(entry.key, entry.memory.now, job.mode, job.steps, entry.seed, committed, plan.actions[0], passed.actions, imagined, about))
+            self.tell(Planned(entry.key, entry.memory.now, job.mode, job.steps, entry.seed, committed, plan.actions[0], passed.actions, imagined, entry.goal, about))
         if job.request.want_imagined:
             reply["imagined"] = pictures_of(self.policy, plan, self.contract)
         return reply
