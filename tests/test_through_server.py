@@ -18,6 +18,7 @@ from wam.evaluation import results as results_module
 from wam.evaluation import rollout as in_process
 from wam.evaluation import through_server
 from wam.evaluation.rollout import rollout
+from wam.evaluation.served import ServerRefused
 from wam.inference.gate import Gate, GateConfig, GroupLimits
 from wam.pretrained import save_pretrained
 from wam.serving.contract import Contract
@@ -50,6 +51,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "VectorEnv", FakeVector)
     monkeypatch.setattr(results_module, "choose_backend", lambda: "none")
     monkeypatch.setattr(in_process, "LATENCY_CHUNKS", 2)
+    monkeypatch.setattr(in_process, "LATENCY_EPISODES", 1)
 
 
 def settings(**changes: Any) -> RolloutConfig:
@@ -150,7 +152,7 @@ def test_a_server_that_is_not_there_or_stops_is_an_error(tmp_path: Path, monkeyp
 
         monkeypatch.setattr(FakeRobot, "run", stopping)
         monkeypatch.setattr("wam_client.client.PolicyClient._connect", _once(running))
-        with pytest.raises(through_server.ServerRefused, match=r"connection_lost|unreachable"):
+        with pytest.raises(ServerRefused, match=r"connection_lost|unreachable"):
             rollout(None, settings(server=running.url, seed=20001, episodes=1, batch=1), tmp_path)
 
 
