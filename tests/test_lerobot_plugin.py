@@ -102,7 +102,7 @@ def test_a_vector_is_taken_from_its_columns_or_refused() -> None:
 def test_every_robot_is_told_what_to_do() -> None:
     assert names.tasks_of({"task": ["a", "b"]}, 2) == ["a", "b"] and names.tasks_of({"task": ["a", "b"]}, 2, "c") == ["c", "c"] and names.tasks_of({"task": "a"}, 1) == ["a"]
     for wrong in ({}, {"task": ["a", ""]}, {"task": ["a"]}):
-        with pytest.raises(ValueError, match="--policy.task"):
+        with pytest.raises(ValueError, match=r"--policy\.task"):
             names.tasks_of(wrong, 2)
 
 
@@ -241,7 +241,7 @@ def test_what_lerobots_reader_cannot_give_is_refused() -> None:
     assert "taken to be the label" in windows.check_trainable(config, 80.0)[0] and not windows.check_trainable(tiny_config("data.executed_action=null"), 80.0)
     with pytest.raises(ValueError, match="30 rows a second, and the policy 80"):
         windows.check_trainable(config, 30.0, 80.0)
-    with pytest.raises(ValueError, match="column 'action.wanted'"):
+    with pytest.raises(ValueError, match=r"column 'action\.wanted'"):
         windows.check_trainable(tiny_config("data.action=action.wanted"), 80.0)
 
 
@@ -250,3 +250,23 @@ def test_the_canvas_is_the_training_one() -> None:
     left, right = (torch.full((2, 3, 32, 24), value / 255) for value in (10, 200))
     seen = names.frames_of({CORNER: left, WRIST: right}, names.camera_keys((CORNER, WRIST), {}, (CORNER, WRIST)), Canvas.of(config.data, (32, 48)))
     assert seen.shape == (2, 32, 48, 3) and (seen[:, :, :24] == 10).all() and (seen[:, :, 24:] == 200).all()
+
+
+# ------------------------------------------------------------------------------------------------ LeRobot itself
+
+
+@pytest.mark.skipif("LEROBOT_PYTHON" not in os.environ, reason="set LEROBOT_PYTHON to the python of an environment with lerobot, wam and this plugin (docs/lerobot.md)")
+def test_lerobot_drives_trains_and_goes_on(tmp_path: Path) -> None:
+    """`lerobot-eval` (two rows that end apart, three episodes), `lerobot-train`, and what it saved, resumed and loaded again."""
+    tiny = policy()
+    save_pretrained(dataclasses.replace(tiny, meta={"control_hz": 10}), tmp_path / "checkpoint")
+    write_dataset(tmp_path / "data")
+    command = [os.environ["LEROBOT_PYTHON"], str(ROOT / "tests" / "outside_lerobot.py"), *(str(tmp_path / name) for name in ("checkpoint", "data", "out"))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert told["overall"]["n_episodes"] == 3 and told["overall"]["pc_success"] == 100 and told["steps"] > 3 * 5 and told["same"]
+    for plan in (told["plan"], told["after"]):
+        assert plan["shape"] == [2, 8, 4] and plan["apart"] < 1e-4 and plan["held"] == 0
+    assert told["moved"][0] > 1e-4 and told["moved"][1] > 0 and told["codec"] == 0
