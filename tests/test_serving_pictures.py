@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from serving_tools import Talk, episode, observation, policy, serving
 from tiny import TASKS, tiny_policy, tiny_preset
+from wam_client import Observation, PolicyClient, PolicyError
 
 from wam.config import CheckConfig
 from wam.inference.check import LEVELS, Checker, Floors, Horizon, Source, SurpriseScale
@@ -83,9 +84,27 @@ def test_what_a_plan_imagines_comes_as_pictures_where_it_is_wanted() -> None:
         frames = reply["imagined"]["frames"]
         assert frames.shape == (4, 32, 48, 3) and np.array_equal(frames, policy().codec.decode(imagined, first=False)[0].numpy())
         assert reply["imagined"]["frame_dt"] == 2 / 80
+        talk.send(observation(0, 0, mode="joint", want="imagined"))
+        raw = talk.socket.recv(20)
+        begins = b"\xa8imagined\x82\xa6frames\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc5" + (4 * 32 * 48 * 3).to_bytes(2, "big")
+        assert isinstance(raw, bytes) and raw.count(begins) == 1 and b"\xa8frame_dt\xcb" in raw, "byte for byte as docs/serving.md has it"
         assert "imagined" not in talk.ask(observation(0, 1, mode="joint"))
         assert talk.error(observation(0, 2, want="imagined"))["code"] == "bad_value", "skip imagines nothing"
         assert talk.error(observation(0, 2, want="dreams"))["code"] == "bad_value"
+
+
+def test_this_projects_client_sends_goals_and_gets_pictures() -> None:
+    goals, frames = episode(0).goals, episode(0).at(0)
+    with serving(_worker(_with_goals())) as running, PolicyClient(running.url, TASKS[0]) as client:
+        seen = Observation(0.0, {"corner4": frames[0][0, -1]}, frames[1][0])
+        plan = client.plan(seen, goal={"corner4": goals[0]}, mode="joint", want="imagined", seed=100)
+        assert plan.imagined is not None and plan.imagined.shape == (4, 32, 48, 3) and plan.surprise is None
+        session = Session(_with_goals(), [TASKS[0]], "metaworld", [100], goals)
+        session.observe(*frames)
+        assert np.array_equal(plan.actions, session.plan("joint").actions[0])
+        client.reset("failed")
+        with pytest.raises(PolicyError, match="outcome is 'so so'"):
+            client.reset("so so")
 
 
 # ------------------------------------------------------------------------------------------------ what came of it

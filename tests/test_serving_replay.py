@@ -28,7 +28,6 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with serving(worker, recorder=Recorder(root, worker.contract, worker.metrics)) as running, Talk(running.url) as talk:
         for block in range(BLOCKS):
             talk.ask(observation(0, block, session_id="r0"))
-            seen, state = episode(1).at(block)
             more: dict[str, Any] = {"commit_steps": 0, "mode": "joint"} if block == 1 else {}
             talk.ask(observation(1, block, session_id="r1", **more))
             if block == 2:

@@ -92,7 +92,7 @@ class Overhead:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "limit_ms": LIMIT_MS}
+        return {**asdict(self), "p95_ms": self.p95_ms, "limit_ms": LIMIT_MS}
 
 
 class Instant(Worker):

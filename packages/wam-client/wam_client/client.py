@@ -66,6 +66,17 @@ class Plan:
     reply: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
+    def imagined(self) -> np.ndarray | None:
+        """Pictures that the plan imagines, uint8 (frames, height, width, 3), where they were asked for."""
+        told = self.reply.get("imagined")
+        return None if told is None else np.array(told["frames"])
+
+    @property
+    def surprise(self) -> dict[str, Any] | None:
+        """How far what came of the plan before was from what it imagined, where the server compares them."""
+        return self.reply.get("surprise")
+
+    @property
     def valid_until(self) -> float:
         """When the last action is over."""
         return self.valid_from + len(self.actions) * self.control_dt
@@ -131,6 +142,7 @@ class PolicyClient:
         committed: np.ndarray | None = None,
         executed: np.ndarray | None = None,
         deadline_ms: float | None = None,
+        goal: dict[str, np.ndarray] | None = None,
         **more: Any
     ) -> Plan:
         """The plan from an observation on.
@@ -139,7 +151,8 @@ class PolicyClient:
             committed: the plan's first actions (n, d), which are decided already.
             executed: what was really executed since the observation before (n, d); default: what was planned.
             deadline_ms: after this a plan is of no use.
-            more: other keys of the protocol, such as mode or steps.
+            goal: pictures of what is to come about, uint8 (height, width, 3) by the camera's name, where the policy takes them; they hold until others come.
+            more: other keys of the protocol, such as mode or steps; want="imagined" asks for the future that the plan imagines.
 
         Raises:
             PolicyError: there is none; hold.
@@ -147,13 +160,18 @@ class PolicyClient:
         message = dict(observation.message(), endpoint="plan", **more)
         given = {"prompt": prompt or self.prompt, "committed": committed, "executed": executed, "deadline_ms": deadline_ms}
         message.update({key: value for key, value in given.items() if value is not None})
+        message.update({"goal/" + name: np.asarray(image) for name, image in (goal or {}).items()})
         reply = self._ask(message)
         about = reply["plan"]
         return Plan(np.array(reply["actions"]), float(about["valid_from"]), float(about["control_dt"]), reply)
 
-    def reset(self) -> None:
-        """Begin anew: the server forgets what this session saw."""
-        self._ask({"endpoint": "reset_session"})
+    def reset(self, outcome: str | None = None) -> None:
+        """Begin anew: the server forgets what this session saw.
+
+        Args:
+            outcome: success or failed, of what was just tried; a server that records keeps it.
+        """
+        self._ask({"endpoint": "reset_session"} if outcome is None else {"endpoint": "reset_session", "outcome": outcome})
 
     def close(self) -> None:
         """Say goodbye."""
