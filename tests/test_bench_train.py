@@ -1,13 +1,20 @@
 """The bench of training: what processes hold is what arithmetic says, in real processes; and what cannot be measured says why."""
 
 import json
+import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
+import survival
 from tiny import SMALL
 
 from wam.cli import main
 from wam.config import Config, load_config
+from wam.evaluation.bench import train_worker
 from wam.evaluation.bench.report import BenchError
 from wam.evaluation.bench.train import ENGINES, KINDS, PHASES, Measured, MemoryRow, TrainOptions, TrainReport, bench_train, expected_bytes
 
@@ -38,7 +45,28 @@ def test_communication_is_what_a_step_takes_longer_than_without() -> None:
     assert report.tables()[0][3][-2:] == ("200", "5") and {row.engine for row in report.memory} == {"single", "ddp"}
 
 
-def test_processes_hold_what_arithmetic_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Forked:
+    """In place of a process that is started anew, one that is forked and has imported everything; it is asked the same, with the same environment."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str], stdout: TextIO, **_: Any) -> None:
+        assert list(command[1:3]) == ["-m", train_worker.__name__]
+        (self.process,) = survival.start(answer, command[3], env, stdout.name)
+        self.kill, self.wait = self.process.kill, self.process.join
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+
+def answer(request: str, environment: dict[str, str], log: str) -> None:
+    """What `python -m wam.evaluation.bench.train_worker REQUEST` does."""
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), number)
+    train_worker.main(Path(request))
+
+
+def test_processes_hold_what_arithmetic_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("wam.evaluation.bench.train.subprocess", SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT))
     path = tmp_path / "bench.json"
     report = bench_train(TrainOptions(_config(), ("single", "zero2"), steps=2, check=True, json=path, markdown=True))
     found = json.loads(path.read_text())
@@ -51,8 +79,8 @@ def test_processes_hold_what_arithmetic_says(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(BenchError, match=r"(?s)engine 'alone': a process ended with 1:.*no dataset"):
-        bench_train(TrainOptions(_config("data.root=/nowhere/at/all"), ("ddp",)))
+    with pytest.raises(BenchError, match=r"(?s)engine 'single': a process ended with 1:.*no dataset"):
+        bench_train(TrainOptions(_config("data.root=/nowhere/at/all"), ("single",)))
 
 
 def test_mistakes_are_told_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,11 +155,26 @@ def go_wrong(rank: int, how: str) -> None:
     Engine.step = step  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("how", ["hangs", "killed", "fails"])
-def test_processes_that_wait_for_another_name_it_and_stop(tmp_path: Path, how: str) -> None:
-    output, rank = tmp_path / "run", 0 if how == "fails" else 1
-    minutes = 0.35 if how == "hangs" else 2
-    codes = finish(start(run_training, output, ("training.steps=4", f"training.engine.timeout_minutes={minutes}", *QUICK), go_wrong, rank, how, world=2))
+HOW = {"hangs": 1, "killed": 1, "fails": 0}  # and in which of two processes
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[int | None]]]:
+    """Runs that go wrong and how their processes ended; while one waits for the process that hangs, the others go on."""
+    folder = tmp_path_factory.mktemp("wrong")
+
+    def begin(how: str) -> list[Any]:
+        minutes = 0.35 if how == "hangs" else 2
+        return start(run_training, folder / how, ("training.steps=4", f"training.engine.timeout_minutes={minutes}", *QUICK), go_wrong, HOW[how], how, world=2)
+
+    waiting = begin("hangs")
+    codes = {how: finish(begin(how)) for how in HOW if how != "hangs"}
+    return {how: (folder / how, codes.get(how) or finish(waiting)) for how in HOW}
+
+
+@pytest.mark.parametrize("how", list(HOW))
+def test_processes_that_wait_for_another_name_it_and_stop(wrong: dict[str, tuple[Path, list[int | None]]], how: str) -> None:
+    rank, (output, codes) = HOW[how], wrong[how]
     told = said(output, 1 - rank)
     assert f"process {rank} (" in told and "it goes on from its last state" in told
     if how == "hangs":
