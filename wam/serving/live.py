@@ -1,7 +1,7 @@
 """What a page shows of a running server, gathered while somebody watches, and never at a plan's cost.
 
     event loop, planning thread   an event  ->  [ queue ]                       full: dropped, and counted
-    a thread of its own           pairs, decodes, encodes  ->  [ ring ]         the oldest make room
+    a thread of its own           pairs, decodes, encodes  ->  [ ring ]         when the model rests; the oldest make room
     event loop                    GET /live?after=n  <-  what is newer than n   waits for it, a little
 
 While nobody asks, an event costs one comparison.  Pictures and actions are kept of the robots that are looked at, numbers of all.  What
@@ -43,7 +43,7 @@ WAIT_S, GAP_S, LINGER_S = 2.0, 0.15, 4.0  # a reply waits for news; replies to o
 MOST_WATCHERS, MOST_QUESTIONS, MOST_QUEUED, MOST_TRACKED = 8, 3, 64, 8
 RING_BYTES, REPLY_BYTES = 4 << 20, 1 << 20
 FRAME_S, IMAGINED_S, FORWARD_S = 0.12, 0.25, 1.0  # least time between two pictures of a robot, two imagined blocks, two that are imagined for the page alone
-REST_S, REST_STEP_S = 0.25, 0.005  # how long a decode waits for the model to rest, and how often it looks
+REST_S, LOOK_S = 0.25, 0.05  # how long the page waits for the model to rest, and how often it looks if nobody says so
 PAIRS, LONG_SIDE, QUALITY = 4, 480, 82
 NEAR = 0.5  # frame strides: a frame this near to an imagined one is what came of it
 
@@ -106,6 +106,7 @@ class Live:
         self.last = 0
         self._queue: queue.Queue[Noted | None] = queue.Queue(MOST_QUEUED)
         self._wanted: Planned | None = None
+        self._calm = threading.Event()
         self._ring: deque[tuple[int, str | None, bytes]] = deque()
         self._held = 0
         self._watches: dict[str, Watch] = {}
@@ -137,6 +138,7 @@ class Live:
 
     def sent(self) -> None:
         """Replies have left: on the planning thread.  Sets a copy of a session aside, from which the outcome of its plan can be imagined, if nobody waits."""
+        self._calm.set()
         event, self._wanted = self._wanted, None
         now = time.monotonic()
         if event is None or self.session_of is None or now - self._forwarded < FORWARD_S or self.busy() or self._queue.full():
@@ -240,10 +242,18 @@ class Live:
 
     def _run(self) -> None:
         while (noted := self._queue.get()) is not None:
-            try:
-                self._take(noted)
-            except Exception:  # what cannot be shown must not end what shows the rest
-                log.exception("the page could not be shown an event of %s", noted.event.key)
+            self._rests()  # what is done while a plan is made takes the interpreter from it
+            while noted is not None:
+                try:
+                    self._take(noted)
+                except Exception:  # what cannot be shown must not end what shows the rest
+                    log.exception("the page could not be shown an event of %s", noted.event.key)
+                try:
+                    noted = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            else:
+                return
 
     def _take(self, noted: Noted) -> None:
         event = noted.event
@@ -338,11 +348,13 @@ class Live:
     def _rests(self) -> bool:
         """Wait a little for the model to rest; whether it does."""
         until = time.monotonic() + REST_S
-        while self.busy():
-            if time.monotonic() > until or self._closed:
+        while self.busy() and not self._closed:
+            self._calm.clear()
+            left = until - time.monotonic()
+            if left <= 0:
                 return False
-            time.sleep(REST_STEP_S)
-        return True
+            self._calm.wait(min(left, LOOK_S))
+        return not self._closed
 
     def _tell(self, whose: str | None, event: Mapping[str, Any]) -> None:
         """Keep an event, of all or of those who look at one robot, and wake who waits."""
