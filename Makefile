@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 TASK ?= drawer-open-v3
-TEST = .venv/bin/python -m pytest -q -n 2
+TEST = .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install test demo lint clean
