@@ -164,8 +164,10 @@ class Live:
         """Somebody asks about a robot: from now on events are gathered for a while.
 
         Raises:
-            ServingError: there are too many watchers, or too many questions of this one.
+            ServingError: there are too many watchers, or too many questions of this one, or the server stops.
         """
+        if self._closed:
+            raise ServingError("shutting_down", "the server is stopping", "ask again later")
         now = time.monotonic()
         self._watches = {name: watch for name, watch in self._watches.items() if watch.until > now}
         if watcher not in self._watches and len(self._watches) >= MOST_WATCHERS:
@@ -224,14 +226,18 @@ class Live:
         return json.dumps(head, allow_nan=False)[:-1].encode() + b',"events":[' + b",".join(reversed(fits)) + b"]}"
 
     def close(self) -> None:
-        """End the thread and let those that wait go; on the event loop."""
+        """Let those go that wait, and the thread end; on the event loop."""
         self._closed, self._until = True, 0.0
         self._wake()
+        with self._queue.mutex:
+            self._queue.queue.clear()
+        self._queue.put(None)
+        self._calm.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait for the thread to end; gives up after `timeout` seconds."""
         if self._thread is not None:
-            with self._queue.mutex:
-                self._queue.queue.clear()
-            self._queue.put(None)
-            self._thread.join(2.0)
+            self._thread.join(timeout)
 
     @property
     def held(self) -> int:

@@ -170,6 +170,8 @@ class PolicyServer:
             self.server.close()
             await self.server.wait_closed()
         await asyncio.to_thread(self.worker.stop, max(0.1, until - time.monotonic()))
+        if self.live is not None:
+            await asyncio.to_thread(self.live.join, 2.0)
         if self.recorder is not None and not await asyncio.to_thread(self.recorder.close, RECORD_S):
             log.error("what was recorded last could not be written within %g s, and is lost", RECORD_S)
         event(log, "stopped")
