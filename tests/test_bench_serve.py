@@ -40,7 +40,7 @@ def test_every_row_is_measured(checkpoint: Path, tmp_path: Path, capsys: pytest.
             assert row["mean_batch"] == 1 or (side == "wam serve" and robots == 2)
     assert stages["a plan, wam serve", "skip, robots: 2"]["mean_batch"] > 1, "robots that ask at once share a forward pass"
     assert stages["round trip without a policy, wam serve", "3 cameras of 180x320"]["plans"] >= 6
-    assert [row["setting"] for row in report["comparisons"]] == [*["skip, robots: 1"] * 2, *["skip, robots: 2"] * 2, "3 cameras of 180x320"]
+    assert [row["setting"] for row in report["comparisons"]] == [*["skip, robots: 1"] * 2, *["skip, robots: 2"] * 2, *["3 cameras of 180x320"] * 2]
     assert "load of the machine" in printed
 
 

@@ -36,12 +36,14 @@ class Load:
         seconds: from the first to the last.
         cpu_s: that the server computed meanwhile.
         batches: robots in the forward pass of each plan, where the server says so.
+        within: milliseconds from a message's arrival to its reply, as the server tells them.
     """
 
     latencies: list[float] = field(default_factory=list)
     seconds: float = 0.0
     cpu_s: float = 0.0
     batches: list[int] = field(default_factory=list)
+    within: list[float] = field(default_factory=list)
 
     @property
     def ms_a_plan(self) -> float:
@@ -49,7 +51,7 @@ class Load:
         return self.seconds / len(self.latencies) * 1e3
 
     def __add__(self, other: Load) -> Load:
-        return Load(self.latencies + other.latencies, self.seconds + other.seconds, self.cpu_s + other.cpu_s, self.batches + other.batches)
+        return Load(self.latencies + other.latencies, self.seconds + other.seconds, self.cpu_s + other.cpu_s, self.batches + other.batches, self.within + other.within)
 
 
 class Robot:
@@ -118,7 +120,9 @@ async def load(url: str, robots: int, mode: str, seconds: float, cpu_s: Callable
                 asked = time.perf_counter()
                 reply = await robot.ask()
                 out.latencies.append((time.perf_counter() - asked) * 1e3)
-                out.batches.append(int(reply["server_timing"].get("batch", 1)))
+                told = reply["server_timing"]
+                out.batches.append(int(told.get("batch", 1)))
+                out.within.append(sum(float(told.get(part, 0.0)) for part in ("decode_ms", "queue_ms", "infer_ms")))
 
         await asyncio.gather(*(go(robot) for robot in crew))
         out.seconds, out.cpu_s = time.perf_counter() - begun, cpu_s() - computed
