@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
@@ -93,7 +94,9 @@ def one_plan(folder: Path) -> dict:
     from wam.inference.session import Session
     from wam.pretrained import from_pretrained
 
-    policy = get_policy_class("wam").from_pretrained(folder)
+    config = PreTrainedConfig.from_pretrained(folder)
+    config.mode = "joint"
+    policy = get_policy_class("wam").from_pretrained(folder, config=config)
     before, after = make_pre_post_processors(policy.config, pretrained_path=str(folder))
     rng = np.random.default_rng(0)
     pictures, states = rng.integers(0, 256, (2, 48, 64, 3), dtype=np.uint8), rng.normal(size=(2, 4)).astype(np.float32)
@@ -107,10 +110,9 @@ def one_plan(folder: Path) -> dict:
         session.observe(Canvas.of(whole.data, whole.codec.image_size).compose([pictures[row : row + 1]])[None], states[row : row + 1])
         plan = session.plan(policy.settings.mode)
         expected.append(plan.actions[0])
-        if row == 0:
-            imagined = float(np.abs(policy.last_predicted_latents.numpy()).max()) if policy.last_predicted_latents is not None else None
-    film = policy.decode_predicted_latents(torch.cat([policy.last_predicted_latents] * 2, dim=2)) if imagined else torch.zeros(0)
-    return {"apart": float(np.abs(chunk - np.stack(expected)).max()), "shape": list(chunk.shape), "held": float((held[:, :2] - torch.from_numpy(chunk[:, 1:3])).abs().max()), "film": [list(film.shape), str(film.dtype)]}
+    film = policy.decode_predicted_latents(torch.cat([policy.last_predicted_latents] * 2, dim=2))
+    left = held[:, :2] - torch.from_numpy(chunk[:, 1:3])
+    return {"apart": float(np.abs(chunk - np.stack(expected)).max()), "shape": list(chunk.shape), "held": float(left.abs().max()), "film": [*film.shape, str(film.dtype)]}
 
 
 def main() -> None:
@@ -122,10 +124,10 @@ def main() -> None:
     register_third_party_plugins()
     folder = to_lerobot(checkpoint, output / "policy", {"corner4": "observation.image"}, device="cpu")
     told, actions = evaluate(output / "eval", f"--policy.path={folder}", "--policy.mode=joint", "--policy.n_action_steps=3")
-    bare, same = evaluate(output / "bare", "--policy.type=wam", f"--policy.checkpoint={checkpoint}", "--policy.device=cpu", "--policy.mode=joint", "--policy.n_action_steps=3")
+    _, same = evaluate(output / "bare", "--policy.type=wam", f"--policy.checkpoint={checkpoint}", "--policy.device=cpu", "--policy.mode=joint", "--policy.n_action_steps=3")
     plain = to_lerobot(checkpoint, output / "plain", device="cpu")
     plan = one_plan(plain)
-    train = [f"--dataset.repo_id=local/{dataset.name}", f"--dataset.root={dataset}", "--batch_size=4", "--num_workers=0", "--save_freq=2", "--log_freq=1", "--eval_freq=0", "--wandb.enable=false"]
+    train = [f"--dataset.repo_id=local/{dataset.name}", f"--dataset.root={dataset}", "--batch_size=4", "--num_workers=0", "--save_freq=2", "--log_freq=1", "--eval_freq=0", "--wandb.enable=false", "--dataset.use_imagenet_stats=false"]
     run(lerobot_train.train, f"--policy.path={plain}", f"--output_dir={output / 'run'}", "--steps=2", "--policy.optimizer_lr=0.003", *train)
     saved = output / "run" / "checkpoints" / "000002" / "pretrained_model"
     run(lerobot_train.train, f"--config_path={saved / 'train_config.json'}", "--resume=true", "--steps=3")

@@ -269,4 +269,5 @@ def test_lerobot_drives_trains_and_goes_on(tmp_path: Path) -> None:
     assert told["overall"]["n_episodes"] == 3 and told["overall"]["pc_success"] == 100 and told["steps"] > 3 * 5 and told["same"]
     for plan in (told["plan"], told["after"]):
         assert plan["shape"] == [2, 8, 4] and plan["apart"] < 1e-4 and plan["held"] == 0
+        assert plan["film"] == [8, 32, 48, 3, "torch.uint8"]
     assert told["moved"][0] > 1e-4 and told["moved"][1] > 0 and told["codec"] == 0
