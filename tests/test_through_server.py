@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from wam.evaluation import results as results_module
 from wam.evaluation import rollout as in_process
 from wam.evaluation import through_server
 from wam.evaluation.rollout import rollout
-from wam.evaluation.served import ServerRefused
+from wam.evaluation.served import Served, ServerRefused
 from wam.inference.gate import Gate, GateConfig, GroupLimits
 from wam.pretrained import save_pretrained
 from wam.serving.contract import Contract
@@ -167,3 +168,20 @@ def _once(running: Running) -> Any:
         real(self)
 
     return connect
+
+
+def test_keys_and_a_client_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, wrong = tmp_path / "key", tmp_path / "wrong"
+    for path, text in ((key, "right" * 4), (wrong, "wrong" * 4)):
+        path.write_text(text)
+        path.chmod(0o600)
+    with serving(worker(), api_key="right" * 4) as locked:
+        served = Served.connect(locked.url, str(key))
+        assert served.told["cameras"] == ["corner4"] and served.told["camera_size"] == [32, 32]
+        served.close()
+        for given in (None, str(wrong)):
+            with pytest.raises(ServerRefused, match="unauthorized"):
+                Served.connect(locked.url, given)
+        monkeypatch.setitem(sys.modules, "wam_client", None)
+        with pytest.raises(ImportError, match="pip install packages/wam-client"):
+            Served.connect(locked.url, str(key))
