@@ -19,7 +19,7 @@ from wam.serving.errors import CODES
 from wam.serving.wire import Limits, pack
 
 COUNT, GROWTH = 1000, 150 << 20
-KEYS = ["prompt", "observation/state", "observation/corner4", "timestamp", "session_id", "mode", "endpoint", "executed", "committed", "commit_steps", "frame_times", "deadline_ms", "steps", "seed", "embodiment", "request_id", "gap", "images"]
+KEYS = ["prompt", "observation/state", "observation/corner4", "timestamp", "session_id", "mode", "endpoint", "executed", "committed", "commit_steps", "frame_times", "deadline_ms", "steps", "seed", "embodiment", "request_id", "gap", "images", "want", "goal/corner4", "outcome"]
 
 
 def _value(rng: random.Random, depth: int = 0) -> Any:

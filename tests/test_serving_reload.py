@@ -35,6 +35,13 @@ def _ask(running: Running, method: str, **headers: str) -> tuple[int, Any]:
     return response.status, json.loads(body) if body.startswith("{") else body
 
 
+def get(running: Running, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=10)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
 def _until(running: Running, state: str) -> dict[str, Any]:
     until = time.monotonic() + 20
     while time.monotonic() < until:
@@ -105,6 +112,7 @@ def test_reloading_needs_the_key_comes_from_no_browser_and_one_at_a_time() -> No
         assert _ask(running, "GET", **key)[1]["state"] == "running", "asking begins nothing"
         assert _ask(running, "POST", **key)[0] == 202 and _ask(running, "POST", **key)[0] == 409
         assert np.array_equal(talk.ask(observation(0, 0))["actions"], _told(policy(), [])), "plans go on meanwhile"
+        assert get(running, "/readyz") == (200, "ready, and loading another checkpoint\n")
         assert "wam_reloading 1.0" in running.worker.metrics.text().decode(), "and a server that loads can stop"
     hold["now"] = False
     with serving() as running:

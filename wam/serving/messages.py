@@ -221,7 +221,7 @@ def _mode(message: Mapping[str, Any], contract: Contract) -> str | None:
 
 def _wants(message: Mapping[str, Any]) -> bool:
     value = message.get("want")
-    if value not in (None, "imagined"):
+    if value is not None and not (isinstance(value, str) and value == "imagined"):
         raise ServingError("bad_value", f"want is {str(value)[:40]!r}", "send imagined, or nothing")
     return value is not None
 

@@ -110,7 +110,7 @@ class Recorder:
         self._takes: dict[str, Take] = {}
         self._broken: set[str] = set()  # robots of whom something was dropped
         self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._bytes = self._events = 0
+        self._bytes = self._events = self._count = 0
         self._lock = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="wam-recorder", daemon=True)
@@ -224,7 +224,8 @@ class Recorder:
                 self._end(event.key, "stopped", "nobody knows what was executed" if not whole else "another instruction" if changed else "as long as an episode may be")
                 take = None
         if take is None:
-            name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
+            self._count += 1  # names are in the order in which episodes began
+            name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{self._count:06d}-{uuid.uuid4().hex[:8]}"
             take = self._takes[event.key] = Take(event.key, name, event.step, event.prompt)
         take.prompt = take.prompt or event.prompt
         take.saw(event, self.form.frame_every)

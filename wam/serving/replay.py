@@ -245,7 +245,7 @@ def table(told: Mapping[str, Any]) -> str:
     lines.append("gate, then: " + _counts(told["gate"]["then"]) + "; now: " + _counts(told["gate"]["now"]))
     lines.append("plan, ms:   " + "; ".join(f"{when}: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items()) for when, times in told["latency_ms"].items()))
     if told["other_memory"]:
-        lines.append(f"{told['other_memory']} plans are from a memory of another length than then: the recording begins later than the robot's memory, or lacks frames of it")
+        lines.append(f"{told['other_memory']} plans are from a memory of another length than then: this checkpoint's blocks are longer or shorter, or the recording lacks what the robot's memory held")
     return "\n".join(lines)
 
 

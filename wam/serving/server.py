@@ -224,7 +224,7 @@ class PolicyServer:
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if path == "/readyz":
             fine = self._warm.is_set() and self._failed is None and not self._stopping
-            return connection.respond(http.HTTPStatus.OK if fine else http.HTTPStatus.SERVICE_UNAVAILABLE, "ready\n" if fine else "not ready\n")
+            return connection.respond(http.HTTPStatus.OK if fine else http.HTTPStatus.SERVICE_UNAVAILABLE, ("ready, and loading another checkpoint\n" if self.reloader is not None and self.reloader.state == "loading" else "ready\n") if fine else "not ready\n")
         if self.live is not None and path == "/" and "Upgrade" not in request.headers:
             return respond_page()
         if self.live is not None and path == "/live":
