@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.scripts import lerobot_eval, lerobot_train
@@ -115,6 +115,29 @@ def one_plan(folder: Path) -> dict:
     return {"apart": float(np.abs(chunk - np.stack(expected)).max()), "shape": list(chunk.shape), "held": float(left.abs().max()), "film": [*film.shape, str(film.dtype)]}
 
 
+def refusals(checkpoint: Path) -> list[str]:
+    """What is said of options that do not fit the policy."""
+    from lerobot_policy_wam import WAMConfig, WAMPolicy
+
+    said = []
+    for wrong in (
+        {"mode": "forward"},
+        {"mode": "skip", "save_predicted_video": True},
+        {"n_action_steps": 9},
+        {"normalization_mapping": {"ACTION": NormalizationMode.MEAN_STD}},
+        {"output_features": {"action": PolicyFeature(FeatureType.ACTION, (7,))}},
+        {"input_features": {"observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 8, 8)), "observation.image": PolicyFeature(FeatureType.VISUAL, (3, 8, 8))}},
+        {"checkpoint": str(checkpoint / "nowhere")},
+        {"checkpoint": ""},
+    ):
+        try:
+            WAMPolicy(WAMConfig(**{"checkpoint": str(checkpoint), "device": "cpu", **wrong}))
+            said.append(f"{wrong} was taken")
+        except (FileNotFoundError, ValueError) as error:
+            said.append(str(error))
+    return said
+
+
 def main() -> None:
     """Do it all."""
     from lerobot_policy_wam.folder import to_lerobot
@@ -138,7 +161,7 @@ def main() -> None:
     tensors = [load_file(path / "wam" / "model.safetensors") for path in (plain, saved, trained)]
     moved = [max(float((a[name] - b[name]).abs().max()) for name in a if name.startswith("model.")) for a, b in zip(tensors, tensors[1:], strict=False)]
     codec = max(float((tensors[0][name] - tensors[-1][name]).abs().max()) for name in tensors[0] if name.startswith("codec."))
-    print(json.dumps({"overall": told["overall"], "per_task": told["per_task"], "steps": len(actions), "same": actions == same, "plan": plan, "after": after, "moved": moved, "codec": codec}))
+    print(json.dumps({"overall": told["overall"], "per_task": told["per_task"], "steps": len(actions), "same": actions == same, "plan": plan, "after": after, "moved": moved, "codec": codec, "refused": refusals(checkpoint)}))
 
 
 if __name__ == "__main__":

@@ -271,3 +271,6 @@ def test_lerobot_drives_trains_and_goes_on(tmp_path: Path) -> None:
         assert plan["shape"] == [2, 8, 4] and plan["apart"] < 1e-4 and plan["held"] == 0
         assert plan["film"] == [8, 32, 48, 3, "torch.uint8"]
     assert told["moved"][0] > 1e-4 and told["moved"][1] > 0 and told["codec"] == 0
+    remedies = ("modes that can", "use --policy.mode=joint", "use 1 to 8", "leave all at IDENTITY", "--policy.embodiment", "--policy.cameras", "the folder that `wam train` wrote", "give --policy.checkpoint")
+    for said, remedy in zip(told["refused"], remedies, strict=True):
+        assert remedy in said, said

@@ -128,7 +128,7 @@ class WAMConfig(PreTrainedConfig):
         name = self.mode or next(iter(acting_modes(config)), "")
         if name not in able:
             raise ValueError(f"mode {name!r} does not plan actions from what was observed; modes that can: {', '.join(able)} (--policy.mode)")
-        imagines = name == "imagine" or Kind.V in MODES[name].predicts
+        imagines = name == "imagine" or Kind.V in MODES[name].denoised
         if self.save_predicted_video and not imagines:
             raise ValueError(f"mode {name!r} imagines no video, so there is nothing to save; use --policy.mode=joint, or save_predicted_video=false")
         return name
