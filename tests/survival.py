@@ -32,7 +32,7 @@ SAMPLE = Path(__file__).parents[1] / "data" / "metaworld_sample"
 QUICK = (
     *SMALL,
     *(f"data.root={SAMPLE}", "data.executed_action=action.executed", "codec.image_size=[64, 64]", "codec.fit_frames=200", "timeline.blocks=2"),
-    *("training.batch_size=4", "training.warmup_steps=1", "training.validation_batches=1", "training.precision=fp32", "training.log_every=1"),
+    *("training.batch_size=4", "training.warmup_steps=1", "training.validation_batches=1", "training.validation_samples=4", "training.precision=fp32", "training.log_every=1"),
 )
 
 

@@ -36,7 +36,7 @@ from wam.pretrained import Policy, save_pretrained
 SAMPLE = Path(__file__).resolve().parents[1] / "data/metaworld_sample"
 VIDEO = "videos/observation.images.corner4/chunk-000/file-000.mp4"
 ROWS, EPISODES, INFO = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet", "meta/info.json"
-QUICK = (*SMALL, "codec.fit_frames=100", "training.batch_size=2", "training.validation_batches=1", "timeline.blocks=2")
+QUICK = (*SMALL, "codec.fit_frames=100", "training.batch_size=2", "training.validation_batches=1", "training.validation_samples=2", "timeline.blocks=2")
 
 Refused = Callable[..., str]
 

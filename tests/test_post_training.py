@@ -75,6 +75,7 @@ def overrides(lab: Path, output: Path) -> list[str]:
         "training.warmup_steps": 1,
         "training.validate_every": 3,
         "training.validation_batches": 1,
+        "training.validation_samples": 2,
     }
     return [f"{name}={json.dumps(value)}" for name, value in (sizes | places | rest).items()]
 

@@ -146,7 +146,7 @@ def test_the_text_encoder_is_loaded_for_what_the_cache_lacks_and_not_before(fold
 
 def _training(form: str, folder: Path, *overrides: str) -> Config:
     data = (f"data.root={SAMPLE}", "data.executed_action=action.executed", "timeline.blocks=2")
-    quick = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validation_batches=1", "training.precision=fp32", "training.modes={skip: 1, joint: 1}")
+    quick = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validation_batches=1", "training.validation_samples=2", "training.precision=fp32", "training.modes={skip: 1, joint: 1}")
     return wan_config(form, folder, *data, *quick, "training.state_dropout=0", "sampling.steps=2", *overrides)
 
 

@@ -26,7 +26,7 @@ SAMPLE = Path(__file__).parents[1] / "data" / "metaworld_sample"
 
 def _config(*overrides: str) -> Config:
     data = (f"data.root={SAMPLE}", "data.executed_action=action.executed", "codec.image_size=[64, 64]", "codec.fit_frames=200", "timeline.blocks=2")
-    quick = ("training.batch_size=4", "training.warmup_steps=1", "training.validation_batches=1", "training.precision=fp32", "training.log_every=1")
+    quick = ("training.batch_size=4", "training.warmup_steps=1", "training.validation_batches=1", "training.validation_samples=8", "training.precision=fp32", "training.log_every=1")
     return load_config(None, (*SMALL, *data, *quick, *overrides))
 
 

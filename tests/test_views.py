@@ -248,7 +248,7 @@ def test_a_network_tells_views_apart_by_an_index_alone() -> None:
 def test_a_policy_of_separate_cameras_trains_and_drives(root: Path, tmp_path: Path) -> None:
     cameras = json.dumps([fixture.CAMERA, "observation.images.left", "observation.images.right"])
     data = (f"data.root={root}", f"data.cameras={cameras}", "data.layout=separate", "data.validation_fraction=0.4", "codec.views=3", "codec.image_size=[32, 96]", "codec.fit_frames=64")
-    quick = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validate_every=5", "training.validation_batches=1", "timeline.blocks=2")
+    quick = ("training.steps=2", "training.batch_size=2", "training.warmup_steps=1", "training.validate_every=5", "training.validation_batches=1", "training.validation_samples=2", "timeline.blocks=2")
     policy = from_pretrained(train(tiny_config(*data, *quick), tmp_path / "run"))
     assert policy.model.view_table.shape == (3, policy.model.backbone.width)
     session = Session(policy, ["open the drawer"], "metaworld", [1])
