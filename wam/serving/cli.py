@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Sequence
@@ -215,6 +216,8 @@ async def _until_signal(worker: Any, options: Any, recorder: Any, load: Any) -> 
         scheme = "ws" if options.certificate is None else "wss"
         assert server.reloader is not None
         loop.add_signal_handler(signal.SIGHUP, server.reloader.begin)
+        gc.collect()
+        gc.freeze()  # the libraries' objects, hundreds of thousands, need not be looked through while a robot waits
         print(f"serving {worker.contract.robot.name} in mode {worker.options.mode!r} on {scheme}://{options.host}:{server.port}; Ctrl-C stops", flush=True)
 
     await run_server(server, stop, told)
