@@ -6,7 +6,7 @@
 
 Every request is accounted for: answered, refused with a code, abandoned by its own robot, or lost, which none may be.  The memory that
 the server's process holds is sampled all along; its first quarter is warming up, the rest is cut into blocks, and a line through their
-means has a slope with an interval.  What grows by more than the limit, for sure, fails.
+means has a slope with an interval.  What grows by more than the limits, for sure, fails.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from wam.serving.wire import pack, unpack
 ROBOTS, SEATS = 6, 6  # at a time, and sessions that the server has room for: named ones stay, so there is always one to make room
 BLOCKS, T_95 = 12, 2.228  # means that the line goes through, and Student's t of 95 % for them (10 degrees of freedom)
 WARMING = 0.25  # of the time
-GROWTH = 16.0  # MiB an hour that are no leak
+GROWTH, GRAINS = 16.0, 8.0  # MiB an hour, and MiB in all, that are no leak: allocators take memory in pieces
 LEAST_S = 120.0  # a shorter soak says nothing about memory
 KINDS = {"steady": 6, "killed": 2, "slow": 1, "garbage": 3}
 SETTLE_S = 30.0  # for the server to notice that all have gone
@@ -54,16 +54,17 @@ class SoakOptions:
 
 @dataclass(frozen=True)
 class Growth:
-    """Of memory: MiB an hour, with its 95 % interval."""
+    """Of memory: MiB an hour, with its 95 % interval, over so many hours."""
 
     slope: float
     low: float
     high: float
+    hours: float
 
     @property
     def holds(self) -> bool:
         """Whether it is not surely a leak."""
-        return not (self.low > 0 and self.slope > GROWTH)
+        return not (self.low > 0 and self.slope > GROWTH and self.slope * self.hours > GRAINS)
 
 
 @dataclass
@@ -155,7 +156,7 @@ def growth(samples: Sequence[tuple[float, float]]) -> Growth | None:
     slope = float(away @ y / (away @ away))
     residual = y - y.mean() - slope * away
     error = T_95 * float(np.sqrt(residual @ residual / (BLOCKS - 2) / (away @ away)))
-    return Growth(slope, slope - error, slope + error)
+    return Growth(slope, slope - error, slope + error, float(np.ptp(at[warm])) / 3600)
 
 
 # ------------------------------------------------------------------------------------------------ robots
@@ -206,7 +207,7 @@ async def _seat(server: ServerProcess, options: SoakOptions, soak: Soak, until: 
 
 async def _behave(kind: str, robot: Robot, more: dict[str, Any], soak: Soak, rng: random.Random, until: float) -> None:
     for _ in range(rng.randint(1, 12)):
-        if time.monotonic() >= until or soak.lost:
+        if time.monotonic() >= until:
             break
         message = pack(robot.message() | more)
         if kind == "garbage":
