@@ -37,7 +37,7 @@ class Browser:
         path = chromium()
         assert path is not None, "there is no Chromium"
         self.folder = tempfile.TemporaryDirectory(prefix="wam-browser-", ignore_cleanup_errors=True)
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio", "--disable-background-networking", "--disable-component-update"]
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio", "--hide-scrollbars", "--disable-background-networking", "--disable-component-update"]
         self.process = subprocess.Popen(
             [path, *flags, "--remote-debugging-port=0", f"--user-data-dir={self.folder.name}", f"--window-size={width},{height}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

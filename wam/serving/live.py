@@ -39,7 +39,7 @@ from wam.serving.events import Ended, Event, Observed, Planned, Refused
 
 log = logging.getLogger(__name__)
 
-WAIT_S, GAP_S, LINGER_S = 2.0, 0.15, 4.0  # a reply waits for news; replies to one watcher are apart; after the last question the watcher is thought gone
+WAIT_S, GATHER_S, GAP_S, LINGER_S = 2.0, 0.03, 0.15, 4.0  # a reply waits for news, and for what comes with it; replies to one watcher are apart; after the last question the watcher is thought gone
 MOST_WATCHERS, MOST_QUESTIONS, MOST_QUEUED, MOST_TRACKED = 8, 3, 64, 8
 RING_BYTES, REPLY_BYTES = 4 << 20, 1 << 20
 FRAME_S, IMAGINED_S, FORWARD_S = 0.12, 0.25, 1.0  # least time between two pictures of a robot, two imagined blocks, two that are imagined for the page alone
@@ -206,7 +206,8 @@ class Live:
         before, self._waiters[watcher] = self._waiters.get(watcher), news
         if before is not None and not before.done():
             before.set_result(None)
-        await asyncio.wait({news}, timeout=WAIT_S)
+        if (await asyncio.wait({news}, timeout=WAIT_S))[0]:
+            await asyncio.sleep(GATHER_S)  # events come in bursts, and a reply costs more than what is in it
         if self._waiters.get(watcher) is news:
             del self._waiters[watcher]
 

@@ -138,9 +138,9 @@ def state(server: PolicyServer) -> dict[str, Any]:
         "robots": robots,
         "counts": {
             "sessions": len(robots),
-            "connections": metrics.registry.get_sample_value("wam_connections"),
+            "connections": _by_label(metrics.connections, "").get("", 0),
             "waiting": worker.waiting,
-            "missed": metrics.registry.get_sample_value("wam_deadline_misses_total"),
+            "missed": _by_label(metrics.missed).get("", 0),
             "errors": _by_label(metrics.errors),
             "gate": _by_label(metrics.gate),
             "ended": _by_label(metrics.evicted),
@@ -156,6 +156,6 @@ def _names(told: Mapping[str, Any]) -> list[str]:
 
 
 def _by_label(metric: Any, suffix: str = "_total") -> dict[str, float]:
-    """A counter's or a histogram's samples by their one label, those above 0."""
+    """The samples of a counter, a gauge or a histogram by their one label (or none), those that are not 0."""
     samples = [sample for family in metric.collect() for sample in family.samples if sample.name.endswith(suffix)]
     return {next(iter(sample.labels.values()), ""): sample.value for sample in samples if sample.value}
