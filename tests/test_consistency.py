@@ -130,7 +130,7 @@ class FakeCodec:
 @pytest.mark.parametrize("deaf", [False, True])
 def test_actions_return_from_imagined_video_only_where_it_holds_them(monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
     some, config = clips(), tiny_config("timeline.latents_per_block=1")
-    monkeypatch.setattr(consistency, "Session", type("S", (FakeSession,), {"deaf": deaf}))
+    monkeypatch.setattr("wam.inference.session.Session", type("S", (FakeSession,), {"deaf": deaf}))
     FakeCodec.actions = {float(b + 1): np.stack([c.executed[b * A : (b + 1) * A] + 0.2 for c in some]) for b in range(2)}
     policy: Any = SimpleNamespace(config=config, codec=FakeCodec(), model=SimpleNamespace(device="cpu"))
     found = inverse_of_forward(policy, some, ImagineConfig())

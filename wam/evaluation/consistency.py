@@ -154,6 +154,8 @@ def _ask(policy: Policy, clips: Sequence[Clip], config: ImagineConfig) -> dict[s
 
     Where clips allow it also the `label`; and another episode's actions, `other`, with the answer for what was imagined from them, `swapped`.
     """
+    from wam.inference.session import Session
+
     t, solver = policy.config.timeline, policy.config.sampling.with_steps(config.steps)
     length, k, frames = t.actions_per_block, t.latents_per_block, t.frames_per_block
     session = Session(policy, [c.instruction for c in clips], policy.config.data.embodiment, [config.seed * 100_003 + i for i in range(len(clips))])
