@@ -16,7 +16,6 @@ import torch
 from tiny import tiny_config
 
 from wam.config import ImagineConfig
-from wam.evaluation import consistency
 from wam.evaluation.consistency import action_following, dimension_names, errors, inverse_of_forward, partners_of
 from wam.evaluation.imagination import Clip
 
