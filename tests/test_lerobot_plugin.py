@@ -270,7 +270,7 @@ def test_lerobot_drives_trains_and_goes_on(tmp_path: Path) -> None:
     for plan in (told["plan"], told["after"]):
         assert plan["shape"] == [2, 8, 4] and plan["apart"] < 1e-4 and plan["held"] == 0
         assert plan["film"] == [8, 32, 48, 3, "torch.uint8"]
-    assert told["moved"][0] > 1e-4 and told["moved"][1] > 0 and told["codec"] == 0
+    assert all(3e-5 < moved < 3e-4 for moved in told["moved"]) and told["codec"] == 0  # AdamW moves by the rate: warm-up from 0 by 0.003 / 50 a step, and resuming goes on with it
     remedies = ("modes that can", "use --policy.mode=joint", "use 1 to 8", "leave all at IDENTITY", "--policy.embodiment", "--policy.cameras", "the folder that `wam train` wrote", "give --policy.checkpoint")
     for said, remedy in zip(told["refused"], remedies, strict=True):
         assert remedy in said, said
