@@ -158,7 +158,8 @@ class Contract:
         counts = {name: len(view) for name, view in zip(self.cameras, views, strict=True)}
         if len(set(counts.values())) > 1:
             raise ServingError("wrong_shape", f"cameras have different numbers of frames ({', '.join(f'{short(c)}: {n}' for c, n in counts.items())})", "send as many from every camera")
-        return np.array(self.canvas.compose(views))  # a copy: frames are kept, and a view would keep the whole message
+        seen = self.canvas.compose(views)
+        return seen if seen.flags.owndata else seen.copy()  # frames are kept, and a view would keep the whole message
 
     def state(self, message: Mapping[str, Any]) -> np.ndarray | None:
         """The state (d,), float32, raw units; None where the policy needs none and none was sent.
