@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wam.config import to_dict
 from wam.files import atomic_path
-from wam.inference.session import BY_ROW, Session
+from wam.inference.session import Session
 from wam.model.backbone import Context
 from wam.model.conditions import Conditions
 from wam.pretrained import Policy
