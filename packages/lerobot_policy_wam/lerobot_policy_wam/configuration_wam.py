@@ -106,7 +106,7 @@ class WAMConfig(PreTrainedConfig):
         if self.config_file and not (self.pretrained_path and (Path(self.pretrained_path) / INSIDE / CONFIG).is_file()):
             return load_config(Path(self.config_file))
         folder = Path(self.folder())
-        if not folder.exists():
+        if not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2:  # a Hub id
             from wam.model.loading import local_folder
 
             folder = local_folder(str(folder))
