@@ -100,7 +100,7 @@ def test_top_level_scripts_are_the_same_commands() -> None:
     [
         (["trian"], "invalid choice: 'trian'"),
         ([], "required: COMMAND"),
-        (["rollout"], "required: --checkpoint"),
+        (["imagine"], "required: --checkpoint"),
         (["train", "--stepz", "3"], "unrecognized arguments: --stepz"),
         (["report", "runs/demo", "training.steps=3"], "unrecognized arguments: training.steps=3"),
         (["collect", "--tasks", ","], "expected at least one name"),
@@ -142,6 +142,11 @@ def test_rollout(stub: Callable[..., Calls]) -> None:
         (Path("runs/a/checkpoint"), RolloutConfig(), Path("runs/a/rollout-drawer-open-v3")),
         (Path("runs/a/checkpoint"), expected, Path("out")),
     ]
+
+
+def test_plans_come_from_a_checkpoint_or_from_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["rollout"], ["evaluate", "--checkpoint", "c", "--server", "ws://127.0.0.1:1"]):
+        assert main(argv) == 2 and "give one of --checkpoint DIR and --server ws://host:port" in capsys.readouterr().err
 
 
 def test_imagine(stub: Callable[..., Calls]) -> None:

@@ -326,7 +326,7 @@ class WindowDataset(Dataset[Sample]):
             DatasetError: windows would be made of frames that were not.
         """
         every, rows = self.lerobot.frame_every, self.timeline.stride * self.pace
-        if rows % every:
+        if every > 1 and rows % every:
             raise DatasetError(f"{self.data.root} was recorded with a frame every {every} rows, but timeline.frame_stride {self.timeline.stride} asks for one every {rows:g}; use a multiple of {every}")
         return every
 
