@@ -104,6 +104,21 @@ def test_the_next_block_is_planned_while_this_one_runs(policy: Policy, missing: 
     assert episodes[0].held == 8 and episodes[0].late == 0
 
 
+def test_a_block_ahead_that_the_gate_cut_is_followed_by_a_plan_from_now_on(policy: Policy) -> None:
+    """The robot's fourth number may not go above a limit that its plans break somewhere: what is executed of each plan is still its own beginning."""
+    gate = GateConfig((GroupLimits("last", 3, 4, high=(0.02,)),), slack=0.0)
+    episodes, log = drive(policy, gate=gate, execution=ExecutionConfig(time="ahead", delay=4))
+    assert episodes[0].gate.get("position", 0) > 0 and episodes[0].held > 0, "the limit does cut"
+    for row in range(2):
+        sent, starts = log.actions(row), [at for at, _ in log.plans[row]]
+        ahead = [at - asked for at, asked in zip(starts, log.asked[row], strict=True)]
+        assert set(ahead) <= {4, 8} and 4 in ahead[1:], "a whole block ahead, or from now on after standing still: never behind half a block that the plan knew nothing of"
+        for (at, plan), until in zip(log.plans[row], [*starts[1:], len(sent)], strict=True):
+            bad = np.flatnonzero(plan[:, 3] > 0.02)
+            mine = min(int(bad[0]) if len(bad) else 8, until - at, len(sent) - at)
+            np.testing.assert_array_equal(sent[at : at + mine], plan[:mine])
+
+
 def test_a_plan_that_comes_too_late_leaves_the_robot_holding_and_is_counted(policy: Policy) -> None:
     episodes, _ = drive(policy, execution=ExecutionConfig(time="asynchronous", delay=6))  # 2 of 8 actions are left of each plan, for 6 steps
     assert episodes[0].late > 0 and episodes[0].held > 6
@@ -144,10 +159,12 @@ def test_times_that_do_not_fit_are_refused(policy: Policy) -> None:
     for execution, replan, message in (
         (ExecutionConfig(time="asynchronous", delay=8), 8, "delay is 8, and a plan holds 8"),
         (ExecutionConfig(time="ahead"), 4, "plans whole blocks of 8"),
+        (ExecutionConfig(time="ahead"), 8, "check.source has nothing to compare with"),
+        (ExecutionConfig(time="guided"), 8, "a search has no velocities to guide"),
         (ExecutionConfig(), 3, r"rollout.replan is 3, but frames come every 2 .*use one of 2, 4, 6, 8"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_times(policy, Loop("skip", SamplingConfig(steps=1), replan, execution))
+            check_times(policy, Loop("skip", SamplingConfig(steps=1), replan, execution, CheckConfig(source="forward"), PlannerConfig(kind="best_of_n")))
 
 
 def test_holding_repeats_a_command_and_makes_none_up() -> None:

@@ -164,6 +164,8 @@ class Executor:
     # ------------------------------------------------------------------------------------------ asking for plans
 
     def _due(self, robot: Robot) -> bool:
+        if self.loop.execution.time == "ahead" and 0 < len(robot.queue) < self._shortest(robot):
+            return False  # the gate cut what is decided: nothing can be planned behind its end, so it is executed, and then begun as at first
         return robot.pending is None and (robot.startled or robot.now >= robot.next_plan or not len(robot.queue))
 
     def _ask(self, robots: list[Robot]) -> None:
@@ -401,6 +403,10 @@ def check_times(policy: Policy, loop: Loop) -> None:
         raise ValueError(f"execution.time is 'ahead', which plans whole blocks of {t.actions_per_block} control steps, but replan is {loop.replan}; leave rollout.replan out")
     if execution.time in ("asynchronous", "guided", "naive") and execution.delay >= t.actions_per_block:
         raise ValueError(f"execution.delay is {execution.delay}, and a plan holds {t.actions_per_block} control steps: it would be over before it comes; use less, or a checkpoint with longer blocks")
+    if execution.time == "ahead" and loop.check.source != "none":
+        raise ValueError("execution.time is 'ahead', whose plans begin at a moment that was not seen when they were made, so check.source has nothing to compare with; use asynchronous, or check.source=none")
+    if execution.time == "guided" and loop.planner.kind != "none":
+        raise ValueError(f"execution.time is 'guided' and planner.kind is {loop.planner.kind!r}: a search has no velocities to guide; use asynchronous, whose candidates all begin with what is decided")
     if execution.time == "ahead" and memory_lasts(policy) is not None:
         raise ValueError("execution.time is 'ahead', but this model's memory begins anew from a frame that has not come by then; use asynchronous")
     if loop.check.source == "forward" and policy.config.training.modes.get("forward", 0) == 0:
