@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from wam.training.checkpoints import read_manifest, state_folder
 from wam.training.guards import Guard, Unstable, diagnosis, save_evidence
 from wam.training.loop import train
 from wam.training.objective import Losses, Part
-from wam.training.watch import EXIT_STOPPED, Beat, verdict
+from wam.training.watch import EXIT_STOPPED, Beat, Watch, verdict
 
 QUICK = ("training.save_every=1", "training.validate_every=99", "data.validation_fraction=0", "training.keep.last=9", "training.modes={skip: 1}")
 
@@ -134,6 +135,22 @@ def test_who_is_late_and_who_is_gone() -> None:
     told = verdict({0: beat(10, "update", 5), 1: beat(9, "data", 5, state="failed", error="OSError: full")}, {0: 0.0, 1: 1.0}, 600, 60)
     assert told is not None and "process 1 (node3, pid 77) stopped in 'data' of step 12: OSError: full" in told
     assert verdict({0: beat(10, "update", 900), 1: beat(10, "end", 900, state="done")}, {0: 0.0, 1: 900.0}, 1000, 60) is None
+
+
+def test_the_process_that_keeps_the_store_stays_until_the_others_know() -> None:
+    """Also of those that it has never heard of: it may fail before their first beats are read."""
+    keys: set[str] = set()
+    watch = object.__new__(Watch)
+    watch.world, watch._beats, watch._lock, watch._store = 3, {}, threading.Lock(), SimpleNamespace(check=lambda names: set(names) <= keys)
+    assert not watch._all_know()
+    keys |= {"read/1", "read/2"}
+    assert watch._all_know()
+    keys.remove("read/2")
+    running = Beat(serial=1, count=1, stage="data", step=0, seconds=0.0, where="", host="", pid=1)
+    watch._beats[2] = running
+    assert not watch._all_know()
+    watch._beats[2] = replace(running, state="done")
+    assert watch._all_know()
 
 
 def go_wrong(rank: int, how: str) -> None:
