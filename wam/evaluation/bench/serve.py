@@ -29,7 +29,7 @@ from wam.evaluation.bench.serve_sides import CAMERAS, PICTURE, ServerProcess, Si
 from wam.evaluation.bench.timing import Times
 
 OURS, ALONE, OPENPI = "wam serve", "without batching", "openpi's loop"
-TWICE, NO_SLOWER = 0.5, 1.05  # of milliseconds a plan; two runs of the same server differ by some percent
+TWICE, NO_SLOWER = 0.5, 1.05  # of milliseconds a plan; no slower means 1, with a margin for noise
 OVERHEAD_MS = 3.0  # at p95
 COUNTS = (1, 4, 16)
 MODES = ("skip", "joint")
