@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from wam.config import SamplingConfig
@@ -32,11 +31,12 @@ from wam.inference.adapt import Adaptive, asks_for_motion, why_stalled
 from wam.inference.batch import Call, Commit, Go, Think, run
 from wam.inference.check import Checker, Surprise, SurpriseScale
 from wam.inference.compute import check_flops, plan_flops
+from wam.inference.foreseen import Foreseen
 from wam.inference.gate import MAX_HISTORY, Gate, GateRefusal
 from wam.inference.guided import plan_guided
 from wam.inference.memory import PolicySpan, StepMemory
 from wam.inference.planner import Planner, search_flops
-from wam.inference.robot import Foreseen, Loop, Made, Pending, Robot, Way, held
+from wam.inference.robot import Loop, Made, Pending, Robot, Way, held
 from wam.inference.session import Plan, Session, memory_lasts
 from wam.model.conditions import Conditions
 from wam.pretrained import Policy
@@ -144,7 +144,7 @@ class Executor:
         if len(robot.queue):
             events.append(len(robot.queue))
         if robot.foreseen is not None:
-            events.append(self._looks_at(robot.foreseen) - robot.now)
+            events.append(robot.foreseen.next_steps(self.policy, self.stride).stop - robot.now)
         steps = max(self.stride, min(n for n in events if n > 0) // self.stride * self.stride)
         decided = robot.queue[:steps]
         if len(decided) == steps:
@@ -274,10 +274,8 @@ class Executor:
             robot.queue = robot.queue[:0]  # it stands still while it thinks
         dry = not len(robot.queue)
         origin = None if dry or execution.time == "synchronous" else robot.now + len(robot.queue) if execution.time == "ahead" else robot.now
-        before = stream = None
-        if imagined is not None:
-            before, stream = self._newest(robot), robot.session.stream.select([0])
-        return Pending(plan, robot.now, robot.now + delay, robot.tally.held, origin, way, imagined, before, stream)
+        foreseen = None if imagined is None else Foreseen.of(robot.session, robot.memory, imagined, robot.now, self._imagines_as(way))
+        return Pending(plan, robot.now, robot.now + delay, robot.tally.held, origin, foreseen)
 
     def expected_delay(self, robot: Robot) -> int:
         """Control steps that the next plan is expected to take: the largest of late."""
@@ -305,8 +303,8 @@ class Executor:
         if passed is None:
             return
         robot.queue = np.concatenate([kept, passed])
-        if pending.imagined is not None and pending.before is not None:
-            robot.foreseen = Foreseen(pending.imagined, pending.before, pending.stream, origin, pending.way)
+        if pending.foreseen is not None:
+            robot.foreseen = replace(pending.foreseen, origin=origin)
 
     def _through_the_gate(self, robot: Robot, actions: np.ndarray, before: np.ndarray | None, promised: np.ndarray | None, age: float) -> np.ndarray | None:
         try:
@@ -348,33 +346,14 @@ class Executor:
         entropy = (self.loop.noise_seed, int(robot.session.generators[0].initial_seed()), robot.now)
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
-    def _newest(self, robot: Robot) -> Tensor:
-        """The newest frame as a latent by itself, (C, h, w)."""
-        frame = torch.from_numpy(np.ascontiguousarray(robot.memory.frames[-1][1]))
-        with torch.no_grad():
-            return self.policy.codec.encode(frame[None, None].to(self.policy.model.device))[0, :, 0]
-
-    def _looks_at(self, foreseen: Foreseen) -> int:
-        """The control step at which the next of the foreseen latents can be compared."""
-        return foreseen.origin + (len(foreseen.came) + 1) * self.policy.codec.temporal_stride * self.stride
-
     def _check(self, robot: Robot, foreseen: Foreseen) -> None:
         """Compare what has come with what was foreseen, as far as it has come."""
         assert self.checker is not None
-        k, frames = foreseen.imagined.shape[1], self.policy.codec.temporal_stride
-        while len(foreseen.came) < k and self._looks_at(foreseen) <= robot.now:
-            first = foreseen.origin + len(foreseen.came) * frames * self.stride
-            seen = [robot.memory.frame(first + (i + 1) * self.stride) for i in range(frames)]
-            if any(frame is None for frame in seen):
-                robot.foreseen = None
-                return
-            with torch.no_grad():
-                pixels = torch.from_numpy(np.stack([frame for frame in seen if frame is not None]))[None]
-                foreseen.came.append(foreseen.stream.encode(pixels.to(self.policy.model.device))[0, :, 0])
-            surprise = self.checker.compare(foreseen.imagined, torch.stack(foreseen.came, dim=1), foreseen.before, *self._imagines_as(foreseen.way))
-            done = [robot.memory.executed.get(step) for step in range(first, first + frames * self.stride)]
+        while (steps := foreseen.take(self.policy, robot.memory)) is not None:
+            surprise = self.checker.compare(foreseen.imagined, foreseen.observed, foreseen.before, *foreseen.way)
+            done = [robot.memory.executed.get(step) for step in steps]
             self._heed(robot, surprise, np.stack([action for action in done if action is not None]))
-        if len(foreseen.came) == k:
+        if foreseen.over:
             robot.foreseen = None
 
     def _heed(self, robot: Robot, surprise: Surprise, done: np.ndarray) -> None:

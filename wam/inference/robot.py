@@ -2,7 +2,7 @@
 
     Loop        the settings, the same for all robots
     Robot       its session, its past, its decided actions, the plan that is being made, what the plan in use foresaw
-    Way         how one plan is made; Pending, Foreseen: one that is being made, one that is in use
+    Way         how one plan is made; Pending: one that is being made
     Tally       what happened to a robot, in numbers
 """
 
@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from wam.config import CheckConfig, ExecutionConfig, PlannerConfig, SamplingConfig
 from wam.inference.adapt import Adaptive
 from wam.inference.check import Surprise
+from wam.inference.foreseen import Foreseen
 from wam.inference.gate import MAX_HISTORY
 from wam.inference.memory import StepMemory
 from wam.inference.session import Plan, Session
@@ -89,6 +88,7 @@ class Pending:
     Attributes:
         origin: control step of its first action; None: when it is taken up.
         held: control steps that the robot had been without a decided action when it was asked for.
+        foreseen: what it imagines, where that is compared with what comes.
     """
 
     plan: Plan
@@ -96,22 +96,7 @@ class Pending:
     ready: int
     held: int
     origin: int | None
-    way: Way
-    imagined: Tensor | None
-    before: Tensor | None
-    stream: Any
-
-
-@dataclass
-class Foreseen:
-    """What the plan in use imagined (C, k, h, w), from control step `origin` on, and what came of it so far."""
-
-    imagined: Tensor
-    before: Tensor  # (C, h, w)
-    stream: Any  # encodes what comes, from the plan's observation on
-    origin: int
-    way: Way
-    came: list[Tensor] = field(default_factory=list)  # (C, h, w) each
+    foreseen: Foreseen | None
 
 
 @dataclass

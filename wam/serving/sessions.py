@@ -22,7 +22,7 @@ from wam.serving.errors import ServingError
 from wam.serving.memory import RobotMemory, TimeRules
 
 if TYPE_CHECKING:
-    from wam.serving.surprise import Foreseen
+    from wam.serving.surprise import Expected
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Entry:
     Attributes:
         session: made with the first plan; made anew when the instruction or the goal changes, and for other weights.
         goal: a picture, uint8 (H, W, 3), as the policy sees it.
-        foreseen: what the newest plan imagined, for comparing.
+        expected: the newest plan with what it foresaw, for comparing.
         stopped: why the gate stopped it, until a reset.
         lock: held while a request of this robot is worked on.
     """
@@ -44,7 +44,7 @@ class Entry:
     prompt: str | None = None
     seed: int | None = None
     goal: np.ndarray | None = None
-    foreseen: Foreseen | None = None
+    expected: Expected | None = None
     stopped: str | None = None
     plans: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -52,7 +52,7 @@ class Entry:
     def reset(self) -> None:
         """As if it had just been made, but for its place in the store."""
         self.memory.restart()
-        self.session = self.prompt = self.seed = self.goal = self.foreseen = self.stopped = None
+        self.session = self.prompt = self.seed = self.goal = self.expected = self.stopped = None
         self.plans = 0
 
 

@@ -10,17 +10,15 @@ sent, so it costs that plan nothing; the comparison itself encodes the new frame
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from wam.config import CheckConfig
 from wam.inference.batch import Call, Think, run
 from wam.inference.check import Checker, SurpriseScale, imagines, source_name
-from wam.inference.outcome import newest
+from wam.inference.foreseen import Foreseen
 from wam.inference.session import Plan
 from wam.pretrained import Policy
 from wam.relations import untrained_mode_warning
@@ -31,25 +29,13 @@ Source = Literal["auto", "none", "plan", "forward"]
 SOURCES: tuple[Source, ...] = ("auto", "none", "plan", "forward")
 
 
-@dataclass
-class Foreseen:
-    """What a plan imagined (C, k, h, w), from control step `origin` on, and what came of it so far.
-
-    Attributes:
-        actions: (n, d) that were sent.
-        before: the newest frame when it was made (C, h, w).
-        stream: encodes what comes.
-        way: mode and solver steps that imagined it.
-    """
+@dataclass(frozen=True)
+class Expected:
+    """A plan that was sent, and what it foresaw; `actions` (n, d) are those that were let through."""
 
     plan_id: str
-    origin: int
     actions: np.ndarray
-    imagined: Tensor
-    before: Tensor
-    stream: Any
-    way: tuple[str, int]
-    came: list[Tensor] = field(default_factory=list)
+    foreseen: Foreseen
 
 
 @dataclass(frozen=True)
@@ -89,45 +75,34 @@ class Surprises:
             imagined = [None if made is None or made.imagined is None else made.imagined[0] for made in run(sessions, calls)]
         for (job, _, reply), video in zip(sent, imagined, strict=True):
             entry, step = job.entry, job.entry.memory.now
-            entry.foreseen = None
+            entry.expected = None
             way = ("forward", self.checker.config.steps) if forward else (job.mode, job.steps)
             if video is None or entry.session is None or step is None or source_name(*way) not in self.checker.scale.sources:
                 continue
-            frame = entry.memory.frames[-1][1]
-            entry.foreseen = Foreseen(reply["plan"]["id"], step, reply["actions"], video, newest(self.policy, frame[None])[0], entry.session.stream.select([0]), way)
+            entry.expected = Expected(reply["plan"]["id"], reply["actions"], Foreseen.of(entry.session, entry.memory, video, step, way))
 
-    def compare(self, memory: RobotMemory, foreseen: Foreseen | None) -> dict[str, Any] | None:
+    def compare(self, memory: RobotMemory, expected: Expected | None) -> dict[str, Any] | None:
         """What has come of a plan, as a reply tells it; None: not enough yet to say."""
-        if foreseen is None or memory.now is None or foreseen.stream is None:
+        if expected is None:
             return None
-        frames, stride = self.policy.codec.temporal_stride, memory.span.frame_stride
-        fresh = False
-        while len(foreseen.came) < foreseen.imagined.shape[1] and self._next(foreseen, stride, frames) <= memory.now:
-            first = foreseen.origin + len(foreseen.came) * frames * stride
-            seen = [memory.frame(first + (i + 1) * stride) for i in range(frames)]
-            if not self._followed(memory, foreseen, first, first + frames * stride) or any(frame is None for frame in seen):
-                foreseen.stream = None  # it is not known what came of this plan
+        foreseen, fresh = expected.foreseen, False
+        while (steps := foreseen.take(self.policy, memory)) is not None:
+            if not _followed(memory, expected, steps):
+                foreseen.came.pop()
+                foreseen.lost = True  # what came is of something else
                 break
-            pixels = torch.from_numpy(np.stack([frame for frame in seen if frame is not None]))[None]
-            with torch.no_grad():
-                foreseen.came.append(foreseen.stream.encode(pixels.to(self.policy.model.device))[0, :, 0])
             fresh = True
         if not fresh:
             return None
-        found = self.checker.compare(foreseen.imagined, torch.stack(foreseen.came, dim=1), foreseen.before, *foreseen.way)
+        found = self.checker.compare(foreseen.imagined, foreseen.observed, foreseen.before, *foreseen.way)
         told = {"value": float(found.value), "surprised": found.surprised, "still": found.still, "why": found.why, "frames": [float(value) for value in found.frames]}
-        return {**told, "plan": foreseen.plan_id, "source": source_name(*foreseen.way)}
+        return {**told, "plan": expected.plan_id, "source": source_name(*foreseen.way)}
 
-    @staticmethod
-    def _next(foreseen: Foreseen, stride: int, frames: int) -> int:
-        """The control step at which the next latent frame can be compared."""
-        return foreseen.origin + (len(foreseen.came) + 1) * frames * stride
 
-    @staticmethod
-    def _followed(memory: RobotMemory, foreseen: Foreseen, begin: int, end: int) -> bool:
-        """Whether the plan's own actions were executed; else what it imagined is of something else."""
-        for step in range(begin, end):
-            done, at = memory.executed.get(step), step - foreseen.origin
-            if done is None or at >= len(foreseen.actions) or not np.allclose(done, foreseen.actions[at], rtol=1e-3, atol=1e-4):
-                return False
-        return True
+def _followed(memory: RobotMemory, expected: Expected, steps: range) -> bool:
+    """Whether the plan's own actions were executed; else what it imagined is of something else."""
+    for step in steps:
+        done, at = memory.executed.get(step), step - expected.foreseen.origin
+        if done is None or at >= len(expected.actions) or not np.allclose(done, expected.actions[at], rtol=1e-3, atol=1e-4):
+            return False
+    return True

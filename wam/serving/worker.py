@@ -266,7 +266,7 @@ class Worker:
         except Exception:
             log.exception("what plans lead to could not be imagined; they are not checked")
             for job, _, _ in sent:
-                job.entry.foreseen = None
+                job.entry.expected = None
 
     def _prepare(self, job: Job) -> tuple[Session, list[Call]]:
         """What the robot's session is to be told and asked.
@@ -299,9 +299,9 @@ class Worker:
         """What came of the plan before."""
         entry = job.entry
         if begins or self.surprises is None:
-            entry.foreseen = None
+            entry.expected = None
             return
-        job.surprise = self.surprises.compare(entry.memory, entry.foreseen)
+        job.surprise = self.surprises.compare(entry.memory, entry.expected)
         if job.surprise is not None:
             self.metrics.surprise.observe(job.surprise["value"])
             self.metrics.surprises.labels("surprised" if job.surprise["surprised"] else "still" if job.surprise["still"] else "expected").inc()
