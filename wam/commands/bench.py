@@ -62,6 +62,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     serve = parser.add_argument_group("of serve (and --checkpoint, --modes)")
     serve.add_argument("--sessions", metavar="A,B", type=names, default=["1", "4", "16"], help="numbers of robots (default: 1,4,16)")
     serve.add_argument("--soak", metavar="MINUTES", type=float, help="in place of speed: robots that come and go, memory, and requests that are all accounted for")
+    serve.add_argument("--rate", metavar="N", type=float, help="with --soak: requests a second of all robots together (default: as fast as they are answered)")
     train = parser.add_argument_group("of train")
     train.add_argument("--config", metavar="FILE", default="configs/metaworld_tiny.yaml", help="what is trained (default: configs/metaworld_tiny.yaml)")
     train.add_argument("--engines", metavar="A,B", type=names, help="single, ddp, zero1, zero2, zero3, fsdp2 (default: all)")
@@ -130,8 +131,10 @@ def _bench_serve(args: argparse.Namespace) -> int:
 
         if args.soak <= 0:
             raise ValueError(f"--soak is {args.soak:g}; expected minutes, above 0")
+        if args.rate is not None and args.rate <= 0:
+            raise ValueError(f"--rate is {args.rate:g}; expected requests a second, above 0")
         mode = {"mode": args.modes[0]} if args.modes else {}
-        return bench_soak(SoakOptions(checkpoint=args.checkpoint, minutes=args.soak, device=args.device, threads=args.threads, json=args.json, **mode))
+        return bench_soak(SoakOptions(checkpoint=args.checkpoint, minutes=args.soak, rate=args.rate, device=args.device, threads=args.threads, json=args.json, **mode))
 
     from wam.evaluation.bench.serve import ServeBenchOptions, bench_serve
 

@@ -3,6 +3,7 @@
     steady     plans with what it sees, a few to many, then goodbye          garbage   bytes that are no message, or nearly one; each is answered
     killed     asks, and its connection is cut while the plan is made        slow      asks several times and reads late
     nameless, or with a session_id that it or another may come back with
+    as fast as they are answered, or with `rate` requests a second of all together, at random times: a soak is about time, not load
 
 Every request is accounted for: answered, refused with a code, abandoned by its own robot, or lost, which none may be.  The memory that
 the server's process holds is sampled all along; its first quarter is warming up, the rest is cut into blocks, and a line through their
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from wam.evaluation.bench.serve_load import WAIT_S, Robot, hello
@@ -41,10 +43,15 @@ SETTLE_S = 30.0  # for the server to notice that all have gone
 
 @dataclass(frozen=True, kw_only=True)
 class SoakOptions:
-    """As the command line says."""
+    """As the command line says.
+
+    Attributes:
+        rate: requests a second of all robots together; None: as fast as they are answered.
+    """
 
     checkpoint: Path
     minutes: float
+    rate: float | None = None
     mode: str = "skip"
     device: str = "cpu"
     threads: int = 1
@@ -162,17 +169,37 @@ def growth(samples: Sequence[tuple[float, float]]) -> Growth | None:
 # ------------------------------------------------------------------------------------------------ robots
 
 
+class Pace:
+    """Whose turn it is, of robots that share a number of requests a second; gaps are random, so some ask at the same time."""
+
+    def __init__(self, rate: float | None, rng: random.Random):
+        self.rate, self.rng, self.next = rate, rng, time.monotonic()
+
+    async def turn(self, requests: int, until: float) -> None:
+        """Wait until so many more may be made, or until the end."""
+        if self.rate is None:
+            return
+        now = time.monotonic()
+        at = max(self.next, now)
+        self.next = at + sum(self.rng.expovariate(self.rate) for _ in range(requests))
+        await asyncio.sleep(min(at, max(until, now)) - now)
+
+
 async def _soak(server: ServerProcess, options: SoakOptions) -> Soak:
     soak, begun = Soak(), time.monotonic()
     until = begun + options.minutes * 60
-    crew = [asyncio.create_task(_seat(server, options, soak, until, random.Random(options.seed * 1000 + seat))) for seat in range(ROBOTS)]
-    while not all(task.done() for task in crew):
-        await asyncio.sleep(min(1.0, max(0.01, options.minutes * 60 / 100)))
-        soak.alive = server.alive
-        if not soak.alive:
-            break
-        if time.monotonic() < until:
-            soak.memory.append((time.monotonic() - begun, server.rss_mib()))
+    pace = Pace(options.rate, random.Random(options.seed))
+    crew = [asyncio.create_task(_seat(server, options, soak, pace, until, random.Random(options.seed * 1000 + seat))) for seat in range(ROBOTS)]
+    with tqdm(total=round(options.minutes * 60), desc="soak", bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go{postfix}", mininterval=1.0) as progress:
+        while not all(task.done() for task in crew):
+            await asyncio.sleep(min(1.0, max(0.01, options.minutes * 60 / 100)))
+            soak.alive = server.alive
+            if not soak.alive:
+                break
+            if time.monotonic() < until:
+                soak.memory.append((time.monotonic() - begun, server.rss_mib()))
+            progress.set_postfix_str(f"{soak.requests['asked']} requests, {soak.requests['lost']} lost, {soak.memory[-1][1]:.0f} MiB" if soak.memory else "", refresh=False)
+            progress.update(min(round(time.monotonic() - begun), progress.total) - progress.n)
     await asyncio.gather(*crew)
     settled = time.monotonic() + SETTLE_S
     while soak.alive and time.monotonic() < settled:
@@ -191,7 +218,7 @@ def _counted(url: str) -> tuple[int, int]:
     return int(found.get("wam_connections", 0)), int(found.get('wam_errors_total{code="internal_error"}', 0))
 
 
-async def _seat(server: ServerProcess, options: SoakOptions, soak: Soak, until: float, rng: random.Random) -> None:
+async def _seat(server: ServerProcess, options: SoakOptions, soak: Soak, pace: Pace, until: float, rng: random.Random) -> None:
     """One robot after another."""
     while time.monotonic() < until and server.alive:
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
@@ -200,13 +227,14 @@ async def _seat(server: ServerProcess, options: SoakOptions, soak: Soak, until: 
         robot = Robot(socket, told, options.mode, rng.randrange(1000), (int(told["camera_size"][0]), int(told["camera_size"][1])), int(told["frames_per_block"]))
         named = {"session_id": f"robot {rng.randrange(2 * ROBOTS)}", "timestamp": None} if rng.random() < 0.5 else {}
         try:
-            await _behave(kind, robot, named, soak, rng, until)
+            await _behave(kind, robot, named, soak, pace, rng, until)
         finally:
             await socket.close()
 
 
-async def _behave(kind: str, robot: Robot, more: dict[str, Any], soak: Soak, rng: random.Random, until: float) -> None:
+async def _behave(kind: str, robot: Robot, more: dict[str, Any], soak: Soak, pace: Pace, rng: random.Random, until: float) -> None:
     for _ in range(rng.randint(1, 12)):
+        await pace.turn(3 if kind == "slow" else 1, until)
         if time.monotonic() >= until:
             break
         message = pack(robot.message() | more)
