@@ -114,6 +114,19 @@ def test_noise_is_correlated_and_its_strength_is_the_episodes_own() -> None:
     assert np.array_equal(noise[0], exploration_noise(config, "drawer-open-v3", 0, 4000))
 
 
+def test_demonstrators_keep_a_pace_of_their_own() -> None:
+    config = CollectConfig(slowest_pace=0.4, action_noise=0, max_steps=200)
+    paces = [collecting.pace_of(config, "reach-v3", seed) for seed in range(200)]
+    assert 0.4 <= min(paces) < 0.43 and 0.97 < max(paces) <= 1 and collecting.pace_of(CollectConfig(), "reach-v3", 3) == 1
+    env = make_env("metaworld/reach-v3")
+    env.reset(3)
+    begin = env.expert_action()
+    labels, executed, _ = collecting._attempt(env, config, 3)
+    env.close()
+    assert np.allclose(labels[0][:3], paces[3] * begin[:3]) and labels[0][3] == begin[3], "its way is slower, its fingers are not"
+    assert np.array_equal(labels, executed)
+
+
 def test_the_sample_is_what_its_config_says() -> None:
     info = json.loads((SAMPLE / "meta/info.json").read_text())
     config = load_config(ROOT / "configs/metaworld_sample.yaml")

@@ -77,6 +77,7 @@ class CollectConfig:
     image_size: int = 64  # square, pixels
     camera: str = "corner4"
     action_noise: float = 0.2  # largest standard deviation of the exploration noise; an episode's own is uniform in [0, this]
+    slowest_pace: float = 1.0  # an episode's demonstrator moves at a pace of its own, uniform in [this, 1] of the expert's, as people do; 1: all alike
     steps_after_success: int = 8  # control steps recorded after the first success
     max_steps: int = 500  # control steps before an attempt counts as failed
     workers: int = 2
@@ -89,6 +90,7 @@ class CollectConfig:
         for name in ("steps_after_success", "seed"):
             _require(getattr(self, name) >= 0, f"collect.{name} is {getattr(self, name)}", "it must be at least 0")
         _require(self.action_noise >= 0, f"collect.action_noise is {self.action_noise}", "a standard deviation cannot be negative")
+        _require(0 < self.slowest_pace <= 1, f"collect.slowest_pace is {self.slowest_pace}", "it must be above 0 and at most 1, the expert's own")
 
 
 @dataclass(frozen=True)

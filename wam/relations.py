@@ -142,8 +142,9 @@ class RelationTable:
         return seen & reach.mask(kinds_q, blocks_q, kinds_k, blocks_k)
 
     def dense(self, layout: Layout, reach: Reach = EVERYTHING) -> Tensor:
-        """Bool mask (L, L) of a layout, True where a query may attend."""
-        return self.mask(layout.kinds_L, layout.blocks_L, layout.kinds_L, layout.blocks_L, reach)
+        """Bool mask (L, L) of a layout, True where a query may attend.  Worked out by segments, all of whose tokens see the same."""
+        kinds_R, blocks_R, segment_L = _segments(layout)
+        return self.mask(kinds_R, blocks_R, kinds_R, blocks_R, reach)[segment_L][:, segment_L]
 
     def refuse_leaks(self, target: Kind, exists: Callable[[Kind, int], bool], name: str, block: int = 1) -> None:
         """Raise `LeakError` if `target` in `block` reaches, over any number of layers, a token that does not exist when it is predicted.
@@ -181,6 +182,12 @@ def _path(end: tuple[Kind, int], came_from: dict[tuple[Kind, int], tuple[Kind, i
 # ------------------------------------------------------------------------------------------------ masks of a batch
 
 
+def _segments(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Kinds and blocks of a layout's R segments, and the segment of each of its L tokens."""
+    kinds, blocks, tokens = (torch.tensor(column, dtype=torch.long) for column in zip(*((int(s.kind), s.block, s.tokens) for s in layout.segments), strict=True))
+    return kinds, blocks, torch.repeat_interleave(torch.arange(len(kinds)), tokens)
+
+
 def dense_masks(tables: Sequence[RelationTable], layout: Layout, reach: Reach = EVERYTHING, hidden_BL: Tensor | None = None) -> Tensor:
     """Bool (B, L, L), one table per sample; keys in `hidden_BL` are seen by nobody but themselves."""
     distinct = {id(t): t for t in tables}
@@ -208,10 +215,9 @@ def block_mask(
     from torch.nn.attention.flex_attention import BlockMask
 
     length, batch = len(layout), len(tables)
-    kinds_R = torch.tensor([int(s.kind) for s in layout.segments])
-    blocks_R = torch.tensor([s.block for s in layout.segments])
+    kinds_R, blocks_R, segment_L = _segments(layout)
     allowed_BRR = torch.stack([t.mask(kinds_R, blocks_R, kinds_R, blocks_R, reach) for t in tables]).to(device)
-    segment_L = torch.repeat_interleave(torch.arange(len(kinds_R)), torch.tensor([s.tokens for s in layout.segments])).to(device)
+    segment_L = segment_L.to(device)
     hidden_BL = torch.zeros(batch, length, dtype=torch.bool, device=device) if hidden_BL is None else hidden_BL.to(device)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

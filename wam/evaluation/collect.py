@@ -3,7 +3,8 @@
 What is recorded is what a policy should do, in states that a policy will meet: noise is added to the action that is *executed*, and the
 label beside it is what the expert would do there.  The noise is correlated over a tenth of a second (white noise at 80 Hz averages out)
 and differs in strength between episodes, so that some are nearly perfect and some need many corrections.  It is added to the gripper's
-motion and not to its opening, where it would only make the expert drop things.
+motion and not to its opening, where it would only make the expert drop things.  Demonstrators may differ in pace as well, as people do: then
+one picture has many right answers, and two plans in a row need not be halves of the same one.
 
     seed -> attempt without images -> success? -> again, the same executed actions, with images -> .collecting/<task>/<seed>.{mp4,npz}
                                       failure  -> .collecting/<task>/<seed>.rejected                       all there? -> the dataset
@@ -217,6 +218,11 @@ def exploration_noise(config: CollectConfig, task: str, seed: int, steps: int) -
     return np.pad(std * noise, ((0, 0), (0, 1))).astype(np.float32)
 
 
+def pace_of(config: CollectConfig, task: str, seed: int) -> float:
+    """How fast an episode's demonstrator moves, as a part of the expert's speed, uniform in [slowest_pace, 1]."""
+    return float(np.random.default_rng((seed, zlib.crc32(task.encode()), 1)).uniform(config.slowest_pace, 1))
+
+
 def _noise_generator(task: str, seed: int) -> np.random.Generator:
     return np.random.default_rng((seed, zlib.crc32(task.encode())))
 
@@ -225,6 +231,7 @@ def _attempt(env: Any, config: CollectConfig, seed: int) -> tuple[Floats, Floats
     """Let the noisy expert try, without images; return labels and executed actions (T, 4) and states (T, 4), or None if it failed."""
     env.reset(seed)
     noise = exploration_noise(config, env.task, seed, config.max_steps + config.steps_after_success)
+    pace = np.array([*[pace_of(config, env.task, seed)] * 3, 1], np.float32)
     labels: list[Floats] = []
     executed: list[Floats] = []
     states: list[Floats] = []
@@ -232,7 +239,7 @@ def _attempt(env: Any, config: CollectConfig, seed: int) -> tuple[Floats, Floats
     solved = False
     while len(executed) < end:
         states.append(env.state())
-        labels.append(env.expert_action())
+        labels.append(pace * env.expert_action())
         executed.append(np.clip(labels[-1] + noise[len(executed)], env.action_low, env.action_high))
         _, _, success = env.step(executed[-1])
         if success and not solved:
@@ -267,8 +274,8 @@ def _record(env: Any, seed: int, labels: Floats, executed: Floats, states: Float
 
 
 def _settings(config: CollectConfig) -> dict[str, Any]:
-    """The settings that decide what a dataset holds; the number of workers does not."""
-    return {name: value for name, value in to_dict(config).items() if name != "workers"}
+    """The settings that decide what a dataset holds; the number of workers does not, nor does the expert's own pace."""
+    return {name: value for name, value in to_dict(config).items() if name != "workers" and (name, value) != ("slowest_pace", 1.0)}
 
 
 def _versions() -> dict[str, str]:
@@ -357,7 +364,7 @@ def _provenance(config: CollectConfig, tasks: dict[str, _Task], renderer: dict[s
             "kind": "first-order autoregressive, on dx dy dz",
             "correlation": CORRELATION,
             "largest_std": config.action_noise,
-            "label": "the expert's action without noise",
+            "label": "the expert's action at the episode's pace, without noise",
         },
         "seeds": {name: {"accepted": task.accepted, "rejected": task.rejected} for name, task in tasks.items()},
     }

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,11 @@ def rollout(checkpoint: Path | None, config: RolloutConfig, output: Path) -> dic
         return results
     results |= {"finished": None} | ({} if choice is None else {"budget": choice})
     try:
-        with _open_environment(policy, config) as env:
+        with _open_environment(policy, config) as env, _goals_of(policy, config) as goals:
             check_environment(policy, env)
             recording = None if config.record is None else open_recording(Path(config.record), policy, env)
             scale = load_scale(Path(checkpoint)) if config.check.source != "none" else None
-            run = Run(config, env, lambda mode: driver_of(policy, mode, config, scale), recording, _goals_of(policy, config), results, path)
+            run = Run(config, env, lambda mode: driver_of(policy, mode, config, scale), recording, goals, results, path)
             for mode in todo:
                 drive_mode(run, mode)
             if recording is not None:
@@ -213,9 +214,15 @@ def driver_of(policy: Policy, mode: str, config: RolloutConfig, scale: SurpriseS
     return Driver(policy, mode, sampling, replan_of(policy, config), config.seed, scale=scale, gate=_gate(policy, config), overlap=config.overlap, **loop)  # type: ignore[arg-type]
 
 
-def _goals_of(policy: Policy, config: RolloutConfig) -> Callable[[Sequence[int]], dict[int, Frames]]:
+@contextmanager
+def _goals_of(policy: Policy, config: RolloutConfig) -> Iterator[Callable[[Sequence[int]], dict[int, Frames]]]:
+    """Goal images by seed, none where nothing asks for them; their environment is closed at the end."""
     images, canvas = _goal_images(policy, config), Canvas.of(policy.config.data, policy.config.codec.image_size)
-    return lambda seeds: {} if images is None else {seed: look(canvas, picture) for seed, picture in zip(seeds, images(seeds), strict=True)}
+    try:
+        yield lambda seeds: {} if images is None else {seed: look(canvas, picture) for seed, picture in zip(seeds, images(seeds), strict=True)}
+    finally:
+        if images is not None:
+            images.close()
 
 
 def _goal_images(policy: Policy, config: RolloutConfig) -> GoalImages | None:
@@ -258,10 +265,10 @@ def dry_run(checkpoint: Path | None, config: RolloutConfig) -> str:
     check_settings(policy, config)
     lines: list[str] = []
     config = replace(config, batch=1, execution=ExecutionConfig(), check=CheckConfig())
-    with _open_environment(policy, config) as env:
+    with _open_environment(policy, config) as env, _goals_of(policy, config) as goals:
         check_environment(policy, env)
         for mode in config.modes:
-            lines += first_plan(driver_of(policy, mode, config), env, config.seed, _goals_of(policy, config)([config.seed]))
+            lines += first_plan(driver_of(policy, mode, config), env, config.seed, goals([config.seed]))
     return "\n".join(lines)
 
 
