@@ -414,7 +414,8 @@ def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 (n, H, W, 3) to (n, *size, 3), bilinear with antialiasing; each axis on its own, so another aspect ratio stretches."""
     if frames.shape[1:3] == tuple(size):
         return frames
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # as bytes: an order of magnitude faster, within a level of exact
+    dense = frames.ravel().reshape(frames.shape)  # with the strides of new arrays: for others, such as of picture[None], torch takes several times as long
+    pixels = torch.from_numpy(dense).permute(0, 3, 1, 2)  # as bytes: an order of magnitude faster, within a level of exact
     small = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
     return small.permute(0, 2, 3, 1).contiguous().numpy()
 
