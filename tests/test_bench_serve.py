@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from wam.evaluation.bench.serve import OPENPI, OURS, _rows
 from wam.evaluation.bench.serve import ServeBenchOptions as Options
 from wam.evaluation.bench.serve_load import Load, Robot, hello
 from wam.evaluation.bench.serve_sides import ServerProcess, Side
-from wam.evaluation.bench.serve_soak import GROWTH, Soak, growth
+from wam.evaluation.bench.serve_soak import GROWTH, Pace, Soak, growth
 from wam.pretrained import save_pretrained
 
 
@@ -84,6 +86,19 @@ def test_a_short_soak_accounts_for_every_request(checkpoint: Path, tmp_path: Pat
     requests = told["requests"]
     assert requests["answered"] > 10 and requests["asked"] == sum(requests.get(how, 0) for how in ("answered", "refused", "abandoned"))
     assert told["left"] == told["internal"] == 0 and len(told["memory"]) > 10 and not told["problems"]
+
+
+def test_a_soak_can_be_held_to_a_rate() -> None:
+    async def asked(rate: float | None, seconds: float) -> int:
+        begun, count = time.monotonic(), 0
+        pace = Pace(rate, random.Random(0))
+        while time.monotonic() < begun + seconds and count < 10_000:
+            await pace.turn(2, begun + seconds)
+            count += 2
+        return count
+
+    assert 20 <= asyncio.run(asked(100.0, 0.5)) <= 80 and asyncio.run(asked(None, 0.5)) == 10_000
+    assert main(["bench", "serve", "--checkpoint", ".", "--soak", "1", "--rate", "0"]) != 0
 
 
 def test_what_a_soak_must_not_find() -> None:

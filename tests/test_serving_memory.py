@@ -1,5 +1,6 @@
 """Frames are picked by time: clients that send one frame or all of them get plans from a memory as it was in training."""
 
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from test_session import SETTINGS
 from tiny import TASKS, tiny_episode, tiny_policy, tiny_preset
 
 from wam.inference.batch import Commit, Observe, Reset, Think, run
+from wam.inference.memory import _nearest
 from wam.inference.session import Session
 from wam.serving.contract import Contract
 from wam.serving.errors import ServingError
@@ -97,6 +99,18 @@ def test_frames_are_picked_by_when_they_were_taken() -> None:
     commit, observe = _told(memory, session)
     assert isinstance(commit, Commit) and np.array_equal(commit.actions[0, :, 0], range(8))
     assert observe.frames[0, :, 0, 0, 0].tolist() == [2, 3, 6, 8] and observe.state[0, 0] == 8
+
+
+def test_the_nearest_frame_is_found_among_many_as_by_looking_at_each() -> None:
+    rng = np.random.default_rng(0)
+    for count in (0, 1, 2, 40):
+        seen = deque((float(at), np.array(at)) for at in np.sort(rng.choice(200, count, replace=False)) / 2)
+        for at in np.arange(-8.0, 110.0, 0.25):
+            near = min(seen, key=lambda pair: abs(pair[0] - at), default=None)  # of two as near the first, which is the earlier
+            expected = None if near is None or abs(near[0] - at) > 1.5 else near[1]
+            assert _nearest(seen, float(at), 1.5) is expected
+    twice = deque([(1.0, np.array(0)), (1.0, np.array(1))])
+    assert _nearest(twice, 1.0, 0.5) is twice[1][1], "of one moment the newest"
 
 
 def test_a_missing_frame_or_an_unknown_action_begins_anew_from_the_newest_frame() -> None:

@@ -19,6 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,11 +205,13 @@ class Gate:
         """Move small overshoots onto the limit, in place; returns which actions (n,)."""
         moved = np.zeros(len(actions), bool)
         for group in self.config.groups:
-            x, (low, high) = actions[:, group.start : group.stop], _bounds(group)
-            width = np.where(np.isfinite(high - low), high - low, 0.0)
-            near = np.clip(x, low, high)
-            small = np.abs(x - near) <= self.config.slack * width
-            moved |= (small & (np.abs(x - near) > np.maximum(self.config.quiet * width, _room(low, high)))).any(axis=1)
+            x, bounds = actions[:, group.start : group.stop], _bounds(group)
+            near = np.minimum(np.maximum(x, bounds.low), bounds.high)
+            over = np.abs(x - near)
+            if not over.any():
+                continue
+            small = over <= self.config.slack * bounds.width
+            moved |= (small & (over > np.maximum(self.config.quiet * bounds.width, bounds.room))).any(axis=1)
             x[small] = near[small]
         return moved
 
@@ -235,9 +238,10 @@ class Gate:
 
     def _of_group(self, group: GroupLimits, actions: np.ndarray, before: np.ndarray) -> list[Cut | None]:
         x, past = actions[:, group.start : group.stop], before[:, group.start : group.stop]
-        low, high = _bounds(group)
+        bounds = _bounds(group)
+        low, high = bounds.low, bounds.high
         over = np.maximum(low - x, x - high).max(axis=1, initial=-np.inf)
-        cuts = [_first(over > _room(low, high), "position", lambda i: f"{group.name} is {x[i].tolist()} at action {i}, outside of {low.tolist()} to {high.tolist()}")]
+        cuts = [_first(over > bounds.room, "position", lambda i: f"{group.name} is {x[i].tolist()} at action {i}, outside of {low.tolist()} to {high.tolist()}")]
         if group.jump is not None and len(past) and len(x):
             jump = float(np.abs(x[0] - past[-1]).max())
             cuts.append(Cut(0, "jump", f"{group.name} jumps by {jump:g} at the plan's border, and {group.jump:g} is allowed") if jump > group.jump * (1 + EPSILON) else None)
@@ -252,27 +256,40 @@ def _exceeds(name: str, reason: Reason, path: np.ndarray, known: int, limit: flo
     """The first new point of `path` whose difference, taken `times` times, is too great; the first `known` points were sent before."""
     if len(path) <= times:
         return None
-    size = np.abs(np.diff(path, n=times, axis=0)).max(axis=1) * scale  # the difference that ends at point i + times
+    change = path
+    for _ in range(times):
+        change = change[1:] - change[:-1]
+    size = np.abs(change).max(axis=1) * scale  # the difference that ends at point i + times
     at = np.zeros(len(path), bool)
     at[times:] = size > limit * (1 + EPSILON)
     return _first(at[known:], reason, lambda i: f"{name} has a {reason} of {size[known + i - times]:g} at action {i}, and {limit:g} is allowed")
 
 
 def _first(broken: np.ndarray, reason: Reason, tell: Any) -> Cut | None:
-    where = np.flatnonzero(broken)
-    return Cut(int(where[0]), reason, tell(int(where[0]))) if len(where) else None
+    if not broken.any():
+        return None
+    step = int(broken.argmax())
+    return Cut(step, reason, tell(step))
 
 
-def _bounds(group: GroupLimits) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class _Bounds:
+    """Positions of a group (d,): where there is no limit, infinite; `width` is then 0.  `room`: by how much a number that lies on a limit may be beyond it in float32."""
+
+    low: np.ndarray
+    high: np.ndarray
+    width: np.ndarray
+    room: float
+
+
+@lru_cache(maxsize=256)
+def _bounds(group: GroupLimits) -> _Bounds:
+    """Of one group: worked out once, not for every plan."""
     size = group.stop - group.start
-    low, high = ((np.asarray(b, np.float64) if b is not None else np.array([none])) for b, none in ((group.low, -np.inf), (group.high, np.inf)))
-    return np.broadcast_to(low, size), np.broadcast_to(high, size)
-
-
-def _room(low: np.ndarray, high: np.ndarray) -> float:
-    """By how much a number that lies on a limit may be beyond it in float32."""
+    low, high = (np.broadcast_to(np.asarray((none,) if b is None else b, np.float64), size) for b, none in ((group.low, -np.inf), (group.high, np.inf)))
     finite = np.abs(np.concatenate([low, high]))
-    return float(EPSILON * finite[np.isfinite(finite)].max(initial=0.0))
+    width = np.where(np.isfinite(high - low), high - low, 0.0)
+    return _Bounds(low, high, width, float(EPSILON * finite[np.isfinite(finite)].max(initial=0.0)))
 
 
 # ------------------------------------------------------------------------------------------------ from a file

@@ -12,8 +12,10 @@ the newest frame alone, which is how every window begins.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -188,13 +190,20 @@ class StepMemory:
 
     def _block(self, begin: int, end: int) -> list[Call] | None:
         """A block's actions, frames and the state at its end, or None where not all of it is known."""
-        stride = self.span.frame_stride
-        actions = [self.executed.get(step) for step in range(begin, end)]
-        frames = [self._frame(at) for at in range(begin + stride, end + 1, stride)]
-        state = self._state(end)
-        if any(a is None for a in actions) or any(f is None for f in frames) or (state is None and self.span.needs_state):
+        stride, state = self.span.frame_stride, self._state(end)
+        if state is None and self.span.needs_state:
             return None
-        return [Commit(np.stack(actions)[None]), Observe(np.stack(frames)[None], None if state is None else state[None])]  # type: ignore[arg-type]
+        frames: list[np.ndarray] = []
+        actions: list[np.ndarray] = []
+        for at in range(begin + stride, end + 1, stride):
+            if (frame := self._frame(at)) is None:
+                return None  # at once: a robot that sends few frames is asked for every length of its memory
+            frames.append(frame)
+        for step in range(begin, end):
+            if (action := self.executed.get(step)) is None:
+                return None
+            actions.append(action)
+        return [Commit(np.stack(actions)[None]), Observe(np.stack(frames)[None], None if state is None else state[None])]
 
     def frame(self, at: float) -> np.ndarray | None:
         """The frame of a control step (H, W, 3), or None where none was taken near it."""
@@ -204,11 +213,16 @@ class StepMemory:
         """The frame nearest to a moment, if it is near enough, or in any case the newest."""
         if newest:
             return self.frames[-1][1] if self.frames else None
-        found = min(self.frames, key=lambda pair: abs(pair[0] - at), default=None)
-        if found is None or abs(found[0] - at) > self.tolerance * self.span.frame_stride + SAME:
-            return None
-        return found[1]
+        return _nearest(self.frames, at, self.tolerance * self.span.frame_stride + SAME)
 
     def _state(self, at: float) -> np.ndarray | None:
-        found = min(reversed(self.states), key=lambda pair: abs(pair[0] - at), default=None)
-        return None if found is None or abs(found[0] - at) > 0.5 else found[1]
+        return _nearest(self.states, at, 0.5)
+
+
+def _nearest(seen: deque[tuple[float, np.ndarray]], at: float, within: float) -> np.ndarray | None:
+    """Of what was seen, in the order of its times: the nearest to a moment, if it is as near as that; of two as near the earlier, of one moment the newest."""
+    behind = bisect_right(seen, at, key=itemgetter(0))
+    found: tuple[float, np.ndarray] | None = seen[behind - 1] if behind else None
+    if behind < len(seen) and (found is None or seen[behind][0] - at < at - found[0]):
+        found = seen[behind]
+    return None if found is None or abs(found[0] - at) > within else found[1]

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class Job:
 
     Attributes:
         arrival, decode_s: when the message came (`time.monotonic`), and how long reading it took.
-        gone: set when nobody waits for it any more.
+        gone: set when nobody waits for it any more: its connection's.
         mode, steps: how it is planned.
         committed: actions of the plan that are decided already (1, n, d).
         surprise: what came of the plan before, as the reply tells it.
@@ -37,7 +37,7 @@ class Job:
     decode_s: float
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[dict[str, Any]]
-    gone: threading.Event = field(default_factory=threading.Event)
+    gone: threading.Event
     mode: str = ""
     steps: int = 0
     committed: np.ndarray | None = None

@@ -41,6 +41,7 @@ class Metrics:
         self.recording_queue = Gauge("wam_recording_queue_bytes", "pictures that wait to be recorded", registry=r)
         self.received = Counter("wam_received_bytes_total", "bytes of messages received", registry=r)
         self.sent = Counter("wam_sent_bytes_total", "bytes of messages sent", registry=r)
+        self._stages = {name: self.stage.labels(name.replace(" ", "_")) for name in STAGES}
         for reason in (*CUTS, CLIPPED, BLENDED):
             self.gate.labels(reason)
         for what in ("surprised", "expected", "still"):
@@ -53,8 +54,8 @@ class Metrics:
     def stages(self, milliseconds: Mapping[str, float]) -> None:
         """Note a plan's stages."""
         for name, spent in milliseconds.items():
-            if name in STAGES:
-                self.stage.labels(name.replace(" ", "_")).observe(spent / 1e3)
+            if name in self._stages:
+                self._stages[name].observe(spent / 1e3)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

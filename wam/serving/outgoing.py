@@ -45,7 +45,7 @@ def let_through(job: Job, plan: Plan, gate: Gate, metrics: Metrics) -> Passed:
     if job.committed is not None:
         actions[: job.committed.shape[1]] = job.committed[0]  # as they were decided: the network's copy is rounded, and clipped to its range
     before = [a for a in (memory.executed.get(now - i) for i in range(MAX_HISTORY, 0, -1)) if a is not None]
-    promised = [a for a in (memory.planned(now + i) for i in range(len(actions))) if a is not None]
+    promised = [a for a in (memory.planned(now + i) for i in range(min(gate.config.blend, len(actions)))) if a is not None]
     in_time(job, metrics)
     try:
         passed = gate(actions, np.stack(before) if before else None, np.stack(promised) if promised else None, time.monotonic() - job.arrival)

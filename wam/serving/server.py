@@ -14,6 +14,7 @@ import asyncio
 import http
 import json
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -70,13 +71,19 @@ class Bucket:
 
 @dataclass
 class Client:
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        gone: set when it has ended, so that nothing is planned for it any more.
+        own: entries that end with it: those without a session_id.
+    """
 
     socket: ServerConnection
     key: str
     bucket: Bucket
     last_total_ms: float | None = None
-    own: set[str] = field(default_factory=set)  # entries that end with it: those without a session_id
+    gone: threading.Event = field(default_factory=threading.Event)
+    own: set[str] = field(default_factory=set)
 
 
 class PolicyServer:
@@ -264,6 +271,8 @@ class PolicyServer:
         self._connections += 1
         self.metrics.connections.set(self._connections)
         event(log, "connected", client=key, peer=str(socket.remote_address))
+        closed = asyncio.ensure_future(socket.wait_closed())
+        closed.add_done_callback(lambda _: client.gone.set())
         try:
             await self._warm.wait()
             if self._failed is not None:
@@ -281,6 +290,7 @@ class PolicyServer:
         except ConnectionClosed:
             pass  # it is gone, which is its right
         finally:
+            closed.cancel()
             self._connections -= 1
             self.metrics.connections.set(self._connections)
             for own in client.own:
@@ -355,18 +365,9 @@ class PolicyServer:
         if self.worker.waiting >= self.options.max_waiting:
             raise ServingError("rate_limited", f"{self.options.max_waiting} requests wait for the model already", "hold; ask again later")
         loop = asyncio.get_running_loop()
-        job = Job(entry, request, arrival, time.monotonic() - arrival, loop, loop.create_future())
-        closed = asyncio.ensure_future(client.socket.wait_closed())
+        job = Job(entry, request, arrival, time.monotonic() - arrival, loop, loop.create_future(), client.gone)
         self.worker.submit(job)
-        try:
-            either: set[asyncio.Future[Any]] = {job.future, closed}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not job.future.done():
-                job.gone.set()
-                await asyncio.wait({job.future})  # the worker may be at it: the entry is not to be touched before it is done
-            return job.future.result()
-        finally:
-            closed.cancel()
+        return await job.future  # also where the client is gone: the worker may be at it, and the entry is not to be touched before it is done
 
 
 async def run_server(server: PolicyServer, stop: asyncio.Event, told: Callable[[PolicyServer], None] = lambda _: None) -> None:
