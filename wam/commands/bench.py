@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from wam.commands.common import Command, add_overrides, names, positive
 from wam.config import load_config
@@ -37,13 +38,16 @@ writes: nothing, or every number as JSON (--json)
 """
 
 
+REPEATS = {"loop": 20, "serve": 3}  # where it is not 9
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="WHAT", choices=("model", "data", "loop", "planner", "serve", "train"), help="model, data, loop, planner, serve or train")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--sizes", metavar="A,B", help="model, planner: widths, and of model 1.3b, 5b, 14b, tiny (default: 256,512,1024 on a CPU, 1.3b,5b,14b on a GPU); data: 64x64, 180x320")
     parser.add_argument("--dtype", metavar="NAME", help="float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="of a CPU (default: 1)")
-    parser.add_argument("--repeats", metavar="N", type=int, default=9, help="rounds of both sides (default: 9)")
+    parser.add_argument("--repeats", metavar="N", type=int, help=f"rounds of both sides (default: 9; {', '.join(f'of {what} {count}' for what, count in REPEATS.items())})")
     parser.add_argument("--quick", action="store_true", help="two rounds and short sessions: shows that all runs, not how fast")
     parser.add_argument("--check", action="store_true", help="exit with an error where a limit does not hold")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every number to FILE")
@@ -138,17 +142,19 @@ def _bench_serve(args: argparse.Namespace) -> int:
 
     from wam.evaluation.bench.serve import ServeBenchOptions, bench_serve
 
-    chosen = {name: getattr(args, name) for name in ("checkpoint", "device", "threads", "quick", "check", "json", "markdown")}
+    chosen = {name: getattr(args, name) for name in ("checkpoint", "device", "threads", "repeats", "quick", "check", "json", "markdown")}
     given = {name: getattr(args, name) for name in ("checkpoint", "modes", "sessions", "device", "threads", "repeats")}
     words = [w for flag, value in given.items() if value != args.parser.get_default(flag) for w in (f"--{flag}", ",".join(value) if isinstance(value, list) else str(value))]
-    more = {} if args.repeats == args.parser.get_default("repeats") else {"repeats": args.repeats}
-    more |= {"modes": tuple(args.modes)} if args.modes else {}
+    more: dict[str, Any] = {"modes": tuple(args.modes)} if args.modes else {}
     command = " ".join(["wam bench serve", *words, *(["--quick"] if args.quick else [])])
     bench_serve(ServeBenchOptions(**chosen, **more, sessions=tuple(map(int, args.sessions)), command=command))
     return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
+    usual = REPEATS.get(args.what, 9)
+    args.repeats = usual if args.repeats is None else args.repeats
+    args.parser.set_defaults(repeats=usual)  # what need not be told in the command that a report names
     if args.what == "train":
         _bench_train(args)
         return 0

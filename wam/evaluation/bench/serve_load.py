@@ -37,6 +37,7 @@ class Load:
         cpu_s: that the server computed meanwhile.
         batches: robots in the forward pass of each plan, where the server says so.
         within: milliseconds from a message's arrival to its reply, as the server tells them.
+        policy: likewise of the policy alone.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Load:
     cpu_s: float = 0.0
     batches: list[int] = field(default_factory=list)
     within: list[float] = field(default_factory=list)
+    policy: list[float] = field(default_factory=list)
 
     @property
     def ms_a_plan(self) -> float:
@@ -51,7 +53,7 @@ class Load:
         return self.seconds / len(self.latencies) * 1e3
 
     def __add__(self, other: Load) -> Load:
-        return Load(self.latencies + other.latencies, self.seconds + other.seconds, self.cpu_s + other.cpu_s, self.batches + other.batches, self.within + other.within)
+        return Load(self.latencies + other.latencies, self.seconds + other.seconds, self.cpu_s + other.cpu_s, self.batches + other.batches, self.within + other.within, self.policy + other.policy)
 
 
 class Robot:
@@ -123,6 +125,7 @@ async def load(url: str, robots: int, mode: str, seconds: float, cpu_s: Callable
                 told = reply["server_timing"]
                 out.batches.append(int(told.get("batch", 1)))
                 out.within.append(sum(float(told.get(part, 0.0)) for part in ("decode_ms", "queue_ms", "infer_ms")))
+                out.policy.append(float(reply["policy_timing"]["infer_ms"]))
 
         await asyncio.gather(*(go(robot) for robot in crew))
         out.seconds, out.cpu_s = time.perf_counter() - begun, cpu_s() - computed
