@@ -266,6 +266,16 @@ def test_a_surprise_replans_and_escalates_for_some_plans() -> None:
     assert robot.next() == "joint" and not robot.surprises
 
 
+def test_what_goes_on_being_odd_is_no_news() -> None:
+    robot = Adaptive(CheckConfig(source="forward", escalate="imagine", escalated_plans=1, escalate_again="after_calm"))
+    robot.begin("skip")
+    answers, modes = zip(*((robot.saw(s), robot.next()) for s in (WILD, WILD, WILD, CALM, WILD, WILD)), strict=True)
+    assert modes == ("imagine", "skip", "skip", "skip", "imagine", "skip"), "thought about once, until all was calm again"
+    assert answers == ("replan",) * 3 + ("go on",) + ("replan",) * 2, "it replans all the same"
+    robot.begin("skip")
+    assert robot.saw(WILD) == "replan" and robot.next() == "imagine", "a new episode knows nothing of the last"
+
+
 @pytest.mark.parametrize(("then", "verdict"), [("stop", "stop"), ("nothing", "go on")])
 def test_what_a_surprise_leads_to_is_configured(then: str, verdict: str) -> None:
     robot = Adaptive(CheckConfig(source="forward", then=then, escalated_steps=9))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ class CheckConfig:
     escalate: str | None = None  # mode of the plans after a surprise (adaptive imagination), e.g. imagine; null: the same
     escalated_steps: int | None = None  # solver steps of these plans; null: as the others
     escalated_plans: int = 2  # for how many plans
+    escalate_again: Literal["always", "after_calm"] = "always"  # every surprise asks for them, or only one that follows a check without: what goes on being odd is no news
 
     def __post_init__(self) -> None:
         for name in ("steps", "stalled", "escalated_steps", "escalated_plans"):

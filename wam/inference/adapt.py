@@ -3,7 +3,7 @@
                  next()         saw(surprise)                next()
     calm    ->   skip   ->      as imagined: go on     ->    skip
                                 surprised: replan      ->    imagine, imagine (escalated_plans)   ->   skip
-                                surprised again        ->    counted anew from there
+                                surprised again        ->    counted anew from there; with `escalate_again: after_calm`, news only after a check without one
 
 It decides and counts, and computes nothing.  A frame in which nothing moves, imagined or seen, is no surprise; but a robot that is told to
 move and stands still for many checks is stalled, however well its standing still is predicted, and that is one.
@@ -34,6 +34,7 @@ class Adaptive:
 
     Attributes:
         left: plans that are still to be escalated.
+        armed: a surprise would be news: none came since the last check without one.
         still: checks in a row in which nothing moved although actions asked for it.
         plans: how many were made, by mode and by whether they were escalated.
         surprises, stalls, checks: how many there were; a stall is a surprise as well.
@@ -42,6 +43,7 @@ class Adaptive:
     config: CheckConfig
     calm: str | None = None
     left: int = 0
+    armed: bool = True
     still: int = 0
     checks: int = 0
     surprises: int = 0
@@ -50,7 +52,7 @@ class Adaptive:
 
     def begin(self, mode: str) -> None:
         """A new episode, whose plans are in `mode` while nothing surprises; counts begin anew."""
-        self.calm, self.left, self.still = mode, 0, 0
+        self.calm, self.left, self.armed, self.still = mode, 0, True, 0
         self.checks = self.surprises = self.stalls = 0
         self.plans = Counter()
 
@@ -87,12 +89,14 @@ class Adaptive:
         self.still = self.still + 1 if surprise.still and acted else 0
         stalled = self.config.stalled is not None and self.still >= self.config.stalled
         if not surprise.surprised and not stalled:
+            self.armed = True
             return "go on"
         self.surprises += 1
         if stalled:
             self.stalls += 1
             self.still = 0
-        self.left = self.config.escalated_plans
+        if self.armed or self.config.escalate_again == "always":
+            self.left, self.armed = self.config.escalated_plans, False
         return "go on" if self.config.then == "nothing" else self.config.then
 
     def flops(self, policy: Policy, how: SamplingConfig) -> float:
