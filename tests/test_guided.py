@@ -183,7 +183,7 @@ def _first_action_step(policy: Policy, mode: Mode, at: Situation, start: dict[An
 
 
 def test_training_draws_prefixes_as_sessions_hold_them() -> None:
-    """At level 0 in place of noise, before what is sought, never supervised; some of every block but never all of it."""
+    """At level 0 in place of noise, before what is sought, never supervised; some of every block but never all of it.  It is what was executed: a label would tell what the expert thinks of the picture."""
     policy = tiny_policy(tiny_preset("all", None, "noise.prefix=1", "training.modes={skip: 1.0}"))
     objective, batch = Objective(policy.config, policy.model, policy.codec), _batch(policy.config, 3)
     drawn = objective.draw(batch, torch.Generator().manual_seed(0))
@@ -193,7 +193,7 @@ def test_training_draws_prefixes_as_sessions_hold_them() -> None:
     count = given.sum(dim=2)
     assert bool((given == (torch.arange(A_) < count.unsqueeze(2))).all()) and int(count.min()) >= 1 and int(count.max()) < A_
     assert torch.equal(drawn.action_seen_BTA.any(dim=2).unflatten(1, (-1, A_)), ~given)
-    held = batch["action"].unflatten(1, (-1, A_))[given]
+    held = batch["executed"].unflatten(1, (-1, A_))[given]
     torch.testing.assert_close(window.noisy_action_BTA.unflatten(1, (-1, A_))[given], held, rtol=0, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ Draws that are not plain levels, and what each is for:
     coupled          video and actions that are denoised together are at the same place in their schedules (DreamZero)
     condition        where actions see clean video of their block, imagined video is not perfect: noised, with its true level (Fast-WAM-IDM)
     history          all that was seen is noised, with its true level, so that half-denoised imagination can stand in for it (LingBot-VA)
-    prefix           when plans overlap, the first actions of a block are already committed: given, at level 0
+    prefix           when plans overlap, the first actions of a block are already committed: given as they were executed, at level 0
     Mode.pinned      a mode's own fixed levels (GE-Act: video at 1)
 
 A level of exactly 0 means *given*: the network sees the data, so that token is never supervised (`LevelDraw.video_seeks`, `action_seeks`).

@@ -356,7 +356,7 @@ class Objective:
         clean_F, video_F, action_T = (x.to(device) for x in (levels.clean_BF, sigma_F, levels.action_BT))
         noise = drawn.draws.normals([x.shape[1:] for x in (latents, future, action)], device)
         keep = self.model.action_channels(embodiment)
-        noisy_action = add_noise(action, noise[2], action_T[:, :, None])
+        noisy_action = torch.where(action_T[:, :, None] == 0, executed, add_noise(action, noise[2], action_T[:, :, None]))  # without noise it is given: what was done, not what should have been
         window = Window(
             clean_BCFHW=add_noise(latents, noise[0], clean_F[:, None, :, None, None]),
             noisy_BCFHW=add_noise(future, noise[1], video_F[:, None, :, None, None]),
