@@ -56,6 +56,16 @@ def test_two_modes_of_one_run_and_several_at_once(tmp_path: Path) -> None:
     assert "new joint" in text(results) and "(of 2)" in text(results)
 
 
+def test_success_may_have_to_come_in_time(tmp_path: Path) -> None:
+    quick, slow = ({**mode_of(A), "episode_results": [{**row, "length": steps} for row in mode_of(A)["episode_results"]]} for steps in (200, 201))
+    a, b = write(tmp_path / "a", {"skip": quick}), write(tmp_path / "b", {"skip": slow})
+    counts = {within: compare_runs(a, b, within=within)["comparisons"][0]["tasks"]["fake/one"] for within in (None, 200, 201)}
+    assert [(e["successes_a"], e["successes_b"]) for e in counts.values()] == [(34, 34), (34, 0), (34, 34)]
+    assert text(compare_runs(a, b, within=200)).startswith("Success within 200 control steps.")
+    with pytest.raises(ValueError, match=r"driven for 500 control steps.*within 501 is not known"):
+        compare_runs(a, b, within=501)
+
+
 def test_an_episode_whose_simulator_crashed_is_nobodys_failure(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", {"skip": mode_of(A, crashed=[49, 3])}), write(tmp_path / "b", {"skip": mode_of(B, crashed=[3])})
     entry = compare_runs(a, b)["comparisons"][0]["tasks"]["fake/one"]

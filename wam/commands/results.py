@@ -16,6 +16,7 @@ examples:
   wam paired runs/a/rollout/rollout.json runs/b/rollout/rollout.json
   wam paired runs/demo/rollout --mode skip,joint                       two modes of one run
   wam paired runs/surprise runs/blind --mode skip --json result.json   the same mode of two runs
+  wam paired runs/surprise runs/blind --within 200                     success in the first 200 control steps of an episode
   wam paired runs/a/rollout-mt10 runs/b/rollout-mt10                   suites: by task, and over tasks
 
 writes: nothing but what it prints; with --json, all figures as a file
@@ -29,6 +30,7 @@ def _paired_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode", metavar="NAME[,NAME]", type=names, default=[], help="the mode to compare, or A's and B's (default: every mode that both drove)"
     )
     parser.add_argument("--names", metavar="A,B", type=names, help="what to call the two in sentences (default: where their paths differ)")
+    parser.add_argument("--within", metavar="STEPS", type=int, help="control steps in which an episode must have succeeded (default: the runs' own limit)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there as well")
 
 
@@ -39,7 +41,7 @@ def _paired(args: argparse.Namespace) -> None:
     from wam.evaluation.paired import compare_runs, text
     from wam.files import write_json_atomic
 
-    results = compare_runs(args.a, args.b, args.mode, tuple(args.names) if args.names else None)
+    results = compare_runs(args.a, args.b, args.mode, tuple(args.names) if args.names else None, args.within)
     print(text(results), end="")
     if args.json:
         write_json_atomic(args.json, results)

@@ -111,13 +111,31 @@ def outcomes(entry: Mapping[str, Any]) -> tuple[dict[int, bool], frozenset[int]]
 # ------------------------------------------------------------------------------------------------ comparing
 
 
-def compare_runs(a: Path, b: Path | None = None, modes: Sequence[str] = (), labels: tuple[str, str] | None = None) -> dict[str, Any]:
+def within_steps(content: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """A rollout's contents as if its limit had been `steps` control steps: what succeeded later did not.
+
+    Raises:
+        ValueError: a limit that is none, or longer than the rollout's own.
+    """
+    if not 1 <= steps <= content["max_steps"]:
+        raise ValueError(f"{content['env']} was driven for {content['max_steps']} control steps an episode, so what came of it within {steps} is not known; use 1 to {content['max_steps']}")
+
+    def cut(entry: Mapping[str, Any]) -> dict[str, Any]:
+        rows = entry.get("episode_results")
+        return dict(entry) if not rows else {**entry, "episode_results": [{**row, "success": row["success"] and row["length"] <= steps} for row in rows]}
+
+    driven = {part: {name: cut(entry) for name, entry in (content.get(part) or {}).items()} for part in ("modes", "baselines")}
+    return {**content, **driven, "max_steps": steps}
+
+
+def compare_runs(a: Path, b: Path | None = None, modes: Sequence[str] = (), labels: tuple[str, str] | None = None, within: int | None = None) -> dict[str, Any]:
     """Compare two runs, or two modes of one, on the same seeds.
 
     Args:
         a, b: files or folders, as `read_tasks`; without b, two modes of a.
         modes: none: every mode that both drove; one: that one; two: the first of a, the second of b.
         labels: what to call the two; default: where their paths differ.
+        within: control steps in which an episode must have succeeded; default: the runs' own limit.
 
     Returns:
         `comparisons`, one a pair of modes: `tasks` by environment, each with counts, difference, intervals, p and `claim`; and `over_tasks` where there are several.
@@ -125,7 +143,7 @@ def compare_runs(a: Path, b: Path | None = None, modes: Sequence[str] = (), labe
     Raises:
         FileNotFoundError, ValueError: no such files or modes, or runs of other environments, limits or seeds; names what differs.
     """
-    tasks_a, tasks_b = read_tasks(a), read_tasks(b or a)
+    tasks_a, tasks_b = ({env: content if within is None else within_steps(content, within) for env, content in read_tasks(path).items()} for path in (a, b or a))
     _require_same_tasks(tasks_a, tasks_b)
     chosen = _mode_pairs(tasks_a, tasks_b, modes, b is None)
     paths = _labels(Path(a), Path(b or a))
@@ -140,7 +158,7 @@ def compare_runs(a: Path, b: Path | None = None, modes: Sequence[str] = (), labe
             _correct(list(comparison["tasks"].values()))
         _say(comparison, one, other)
     differ = {env: found for env in tasks_a if (found := settings_that_differ(tasks_a[env], tasks_b[env]))}
-    return {"format": FORMAT, "a": str(a), "b": str(b or a), "settings_that_differ": differ, "comparisons": comparisons}
+    return {"format": FORMAT, "a": str(a), "b": str(b or a), "within": within, "settings_that_differ": differ, "comparisons": comparisons}
 
 
 def compare(a: Side, b: Side) -> dict[str, Any]:
@@ -302,7 +320,8 @@ def _name(label: str, mode: str, other_mode: bool) -> str:
 
 def text(results: Mapping[str, Any]) -> str:
     """A comparison for people: a table of counts, the sentences, and which settings differ."""
-    lines = []
+    within = results.get("within")
+    lines = [] if within is None else [f"Success within {within} control steps.", ""]
     for comparison in results["comparisons"]:
         lines += [f"A: {comparison['a']}    B: {comparison['b']}", "", *_table(comparison), ""]
         lines += [*_sentences(comparison), ""]
