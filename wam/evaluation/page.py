@@ -128,6 +128,7 @@ caption { text-align: left; padding: 0 0 .6rem; max-width: 46rem; }
 th, td { text-align: right; padding: .42rem .7rem; vertical-align: middle; font-weight: 400; white-space: nowrap; }
 th[scope=row], thead th:first-child { text-align: left; padding-left: 0; }
 th[scope=row] { font-weight: 600; }
+table:has(.changes) thead th:last-child { text-align: left; }
 thead th { color: var(--faint); font-size: .88rem; border-bottom: 1px solid var(--ink); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tbody + tbody { border-top: 2px solid var(--ink); background: var(--card); }

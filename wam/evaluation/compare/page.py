@@ -222,7 +222,7 @@ def _pareto(data: Tree, output: Path) -> Child:
     picture = drawing(partial(draw_pareto, rows, data["front"], SEVERAL), "success against milliseconds")
     caption = (
         "Every row's rate of success with its 95% interval, against the median latency of a plan; the line to the right ends at the 95th percentile. "
-        f"Filled: the variant {SEVERAL!r}, in its modes; hollow: variants trained for one thing. The dashed line joins the rows that no other row beats in both; "
+        f"Filled: the variant {SEVERAL!r}, in its modes; hollow: variants trained for one thing. The dashed line joins the rows that no other row beats in both, of those that were timed in turns; "
         "rows whose intervals overlap may trade places on it when driven again."
     )
     told = [f"{TITLES[c].capitalize()}: {', '.join(data['front'][c])}." for c in data["conditions"]]
