@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -354,6 +355,7 @@ def test_interrupts_wait_until_a_worker_is_started() -> None:
     assert inside == "True\n" and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with pytest.raises(KeyboardInterrupt):  # the handler is back
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)  # another thread may be the one that the signal reaches first
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="needs pip install 'wam[sim]'")
