@@ -88,7 +88,6 @@ class Surprises:
         foreseen, fresh = expected.foreseen, False
         while (steps := foreseen.take(self.policy, memory)) is not None:
             if not _followed(memory, expected, steps):
-                foreseen.came.pop()
                 foreseen.lost = True  # what came is of something else
                 break
             fresh = True
