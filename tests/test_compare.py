@@ -277,6 +277,7 @@ def test_a_whole_comparison_and_nothing_twice(file: Path, tmp_path: Path, simula
     assert row["calm"]["successes"] == 12 and row["recovery"]["recovered"] == 12 and row["calm"]["flops_a_second"] == 2e9
     assert row["imagination"]["clips"] == 1 and data["rows"]["all/skip"]["imagination"] is None and "all/forward" in data["imagination"]
     assert data["rows"]["guessing twice"]["latency"] == {"p50": 12.0, "p95": 15.0, "plans": 20, "source": "closed loop"}
+    assert all(names and "guessing twice" not in names for names in data["front"].values()), "timed at another moment: it beats nobody by milliseconds"
     assert data["rows"]["all/skip"]["latency"]["plan_flops"] < row["latency"]["plan_flops"]
 
     with pytest.raises(ValueError, match=r"'drive all calm' was done with other settings or weights; choose another --output"):
