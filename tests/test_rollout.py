@@ -183,6 +183,25 @@ def _episodes(results: dict[str, Any]) -> list[Episode]:
     return [Episode(**entry) for entry in results["modes"]["skip"]["episode_results"]]
 
 
+def test_the_goals_environment_is_given_back_also_after_an_error(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Goals:
+        closed = 0
+
+        def __call__(self, seeds: Sequence[int]) -> np.ndarray:
+            return np.zeros((len(seeds), SIDE, SIDE, 3), np.uint8)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    images = Goals()
+    monkeypatch.setattr(rollout_module, "_goal_images", lambda policy, config: images)
+    with rollout_module._goals_of(policy, RolloutConfig()) as goals:
+        assert list(goals([7, 8])) == [7, 8] and not images.closed
+    with pytest.raises(RuntimeError, match="a simulator"), rollout_module._goals_of(policy, RolloutConfig()):
+        raise RuntimeError("a simulator")
+    assert images.closed == 2
+
+
 def test_an_interrupted_run_goes_on(checkpoint: Path, fake: type[FakeVector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rollout(checkpoint, settings(), tmp_path / "whole")
     waves = []
