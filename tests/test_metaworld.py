@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from wam.config_disturbances import DisturbanceConfig
 from wam.evaluation import gl
 from wam.evaluation.environments import Environment, StepResult, make_env
 from wam.evaluation.metaworld_tasks import INSTRUCTIONS
@@ -149,6 +150,29 @@ def test_side_by_side_equals_one_by_one(env: Environment) -> None:
         alone = env.reset(seeds[row])
         assert np.array_equal(alone.frames, first.frames[row]) and np.array_equal(alone.state, first.states[row])
         assert same(env.run(actions[i], 4), results[i])
+
+
+@simulator
+def test_running_ahead_shows_what_would_come_and_changes_nothing(env: Environment) -> None:
+    generator = np.random.default_rng(2)
+    before, after = generator.uniform(-1, 1, (2, 1, 8, 4))
+    stretches = np.concatenate([after, generator.uniform(-1, 1, (2, 8, 4))])  # the first is what is then executed
+    with VectorEnv(TASK, 3, workers=2) as many:
+        many.reset([11, 12, 13])
+        many.run(before, [1], 4)
+        seen = many.foresee(stretches[None], [1])
+        ran = many.run(after, [1], 4)[0]
+        os.kill(many._lane(2).worker._process.pid, signal.SIGKILL)
+        assert not many.foresee(stretches[None], [2]).any()
+        assert "exit code -9" in str(many.run(after, [2], 4)[0].crashed)
+    assert seen.shape == (1, 3, 64, 64, 3)
+    assert np.array_equal(seen[0, 0], ran.frames[-1])
+    assert not np.array_equal(seen[0, 0], seen[0, 1])
+    env.reset(12)
+    env.run(before[0], 4)
+    assert same(env.run(after[0], 4), ran)
+    disturbed = make_env(TASK, disturbances=DisturbanceConfig(kinds=("occlusion",)))
+    assert hasattr(env, "foresee") and not hasattr(disturbed, "foresee"), "what is disturbed cannot be run ahead: it would meet what was not drawn yet"
 
 
 @simulator

@@ -171,6 +171,36 @@ def test_robots_at_different_blocks_are_planned_for_in_one_pass() -> None:
         np.testing.assert_allclose(plan.actions, planner.plan(session, "skip", how).actions, atol=1e-5)
 
 
+def test_a_simulator_may_say_what_follows() -> None:
+    """Each of two robots is shown its goal after one of its candidates, and grey after the others."""
+    policy, how, right = _policy(), SamplingConfig(steps=2), [2, 0]
+    goals = [test_session._episode(policy.config).rows([row]).goals for row in ROWS]
+    asked: list[np.ndarray] = []
+    robots = [_session(policy, [0], blocks=2), _session(policy, [1], blocks=3)]
+
+    def simulate(sessions: Sequence[Session], actions: np.ndarray) -> np.ndarray:
+        assert list(sessions) == robots, "robots of a shared pass are told apart"
+        asked.append(actions)
+        shown = np.full((2, N, *policy.config.codec.image_size, 3), 128, np.uint8)
+        for row, best in enumerate(right):
+            shown[row, best] = goals[row][0]
+        return shown
+
+    planner = Planner(policy, replace(BY_GOAL, outcomes="simulated"), simulate)
+
+    def think(session: Session, mode: str, sampling: SamplingConfig, committed: np.ndarray | None, promised: np.ndarray | None) -> Plan:
+        return planner.plan(session, mode, sampling, committed)
+
+    plans = run(robots, [[Think("skip", how, plan_with=think)]] * 2)
+    for row, plan in enumerate(plans):
+        assert plan is not None and plan.imagined is None
+        np.testing.assert_array_equal(plan.actions[0], asked[0][row, right[row]])
+    with pytest.raises(ValueError, match="there is no simulator to run ahead"):
+        Planner(policy, replace(BY_GOAL, outcomes="simulated"))
+    with pytest.raises(ConfigError, match=r"set planner\.score=goal, which looks at what follows"):
+        replace(BEST, outcomes="simulated")
+
+
 def test_near_copies_of_a_candidate_are_not_imagined() -> None:
     """Of three ways the densest comes first, then one of each other; their outcomes are those of imagining all."""
     session = _session(_policy(), ROWS)

@@ -206,7 +206,7 @@ class Disturbed:
         self._now: _Running | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "env":  # not set yet: a copy is being made
+        if name in ("env", "foresee"):  # not set yet: a copy is being made; what is to be disturbed cannot be run ahead
             raise AttributeError(name)
         return getattr(self.env, name)
 

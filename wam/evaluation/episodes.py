@@ -23,6 +23,7 @@ from wam.evaluation.vector import VectorEnv
 from wam.inference.check import SurpriseScale
 from wam.inference.executor import Executor
 from wam.inference.gate import Gate, GateConfig, GroupLimits
+from wam.inference.planner import Simulate
 from wam.inference.robot import Loop, Made, Robot
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy
@@ -132,9 +133,9 @@ class Driver:
         """Whether it can be asked what follows from actions, beside the plans."""
         return self.policy.config.training.modes.get("forward", 0) > 0
 
-    def executor(self, gate: Gate, watch: Callable[[Made], None]) -> Executor:
+    def executor(self, gate: Gate, watch: Callable[[Made], None], simulate: Simulate) -> Executor:
         """What makes the plans and uses them."""
-        return Executor(self.policy, self.loop, gate, self.scale, watch)
+        return Executor(self.policy, self.loop, gate, self.scale, watch, simulate)
 
     def drive(self, env: VectorEnv, seeds: Sequence[int], watchers: Sequence[Watcher] = (), goals: Mapping[int, Frames] | None = None) -> list[Episode]:
         """Drive one episode per seed, side by side, until all are over.
@@ -192,7 +193,7 @@ class _Wave:
         self.counts = [_Count() for _ in seeds]
         self._row_of: dict[int, int] = {}
         gate = Gate(driver.gate or box_gate(env.action_low, env.action_high), env.action_dim, env.control_hz)
-        self.executor = driver.executor(gate, self._made)
+        self.executor = driver.executor(gate, self._made, self._simulate)
         first = env.reset(seeds)
         self.running: dict[int, Robot] = {}
         for row, seed in enumerate(seeds):
@@ -260,6 +261,10 @@ class _Wave:
     def episodes(self) -> list[Episode]:
         """What came of each, in the order of the seeds."""
         return [count.episode(int(seed), self.robots.get(row)) for row, (seed, count) in enumerate(zip(self.seeds, self.counts, strict=True))]
+
+    def _simulate(self, sessions: Sequence[Session], actions_BNTd: Floats) -> Frames:
+        rows = {id(robot.session): row for row, robot in self.running.items()}
+        return self.env.foresee(actions_BNTd, [rows[id(session)] for session in sessions])
 
     def _made(self, made: Made) -> None:
         row = self._row_of[id(made.robot)]

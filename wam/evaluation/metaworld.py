@@ -29,7 +29,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
 from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
 
 from wam.evaluation.canvas import describe_renderer, shared_canvas  # noqa: E402
-from wam.evaluation.metaworld_stage import ALTERED, SIMULATION, Stage, diverged  # noqa: E402
+from wam.evaluation.metaworld_stage import ALTERED, SIMULATION, Snapshot, Stage, diverged  # noqa: E402
 
 __all__ = ["MetaWorldEnv", "describe_renderer"]
 
@@ -161,6 +161,22 @@ class MetaWorldEnv:
             success=np.asarray(successes, np.bool_),
             done=self._over,
         )
+
+    def foresee(self, actions: npt.NDArray[Any]) -> Frames:
+        """What is seen last of each of several stretches (N, steps, 4) that could be executed now, (N, H, W, 3); nothing is executed."""
+        actions = _checked(actions, (*np.shape(actions)[:2], 4))
+        now, observed, steps = Snapshot(self._env), self._full_observation(), self.steps
+        frames = []
+        for stretch in actions:
+            try:
+                for action in stretch:
+                    if self.step(action)[2] or self.steps >= self.max_steps:
+                        break
+                frames.append(self.render())
+            finally:
+                now.restore(self._env)
+                self._observed, self.steps = observed, steps
+        return np.stack(frames)
 
     def render(self) -> Frames:
         """The current image, (H, W, 3), upright."""

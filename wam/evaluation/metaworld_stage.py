@@ -96,7 +96,7 @@ class Stage:
         assert self._part is not None, "this task has nothing to move"
         env = self._env
         old = np.array(env._last_rand_vec, np.float64)
-        before, depth = _Snapshot(env), min(self._depth, self._overlap()) - OVERLAP
+        before, depth = Snapshot(env), min(self._depth, self._overlap()) - OVERLAP
         for place in self._places(old, distance, generator):
             if self._place(place) and self._overlap() >= depth and not self._solved() and self.wins_nothing(0, grip):
                 return float(np.linalg.norm(place - old))
@@ -187,7 +187,7 @@ class Stage:
         Returns:
             Whether the task is not solved by itself, and the simulation is sound.
         """
-        env, before = self._env, _Snapshot(self._env)
+        env, before = self._env, Snapshot(self._env)
         sound = True
         for step in range(steps + QUIET):
             if push is not None and step < steps:
@@ -246,8 +246,8 @@ class _Refused(Exception):
     """A task asked for another place."""
 
 
-class _Snapshot:
-    """Everything of an instance that placing an object can change."""
+class Snapshot:
+    """Everything of an instance that placing an object, or a step, can change."""
 
     def __init__(self, env: Any) -> None:
         self._attributes = _attributes(env)

@@ -67,6 +67,10 @@ class _Seen:
         """See `VectorEnv.run`."""
         return [replace(result, frames=look(self.canvas, result.frames)) for result in self.env.run(actions, rows, frame_stride)]
 
+    def foresee(self, actions: npt.NDArray[Any], rows: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """See `VectorEnv.foresee`."""
+        return look(self.canvas, self.env.foresee(actions, rows))
+
     def collect(self, rows: Sequence[int] | None = None) -> dict[int, StepResult]:
         """See `VectorEnv.collect`."""
         return {row: replace(result, frames=look(self.canvas, result.frames)) for row, result in self.env.collect(rows).items()}

@@ -32,6 +32,7 @@ class Sizes:
     image_size: int | tuple[int, int]
     instruction: str
     max_steps: int
+    foresees: bool = False  # it can be run ahead and put back
 
     @property
     def frame(self) -> tuple[int, int, int]:
@@ -46,15 +47,16 @@ def sizes_of(env: Environment) -> Sizes:
     Raises:
         ValueError: it lacks something that every environment says.
     """
-    missing = [name for name in Sizes.__dataclass_fields__ if not hasattr(env, name)]
+    names = [name for name in Sizes.__dataclass_fields__ if name != "foresees"]
+    missing = [name for name in names if not hasattr(env, name)]
     if missing:
         raise ValueError(f"the environment {type(env).__name__} has no {', '.join(missing)}; see Environment in wam/evaluation/environments.py")
-    said: dict[str, Any] = {name: getattr(env, name) for name in Sizes.__dataclass_fields__}
+    said: dict[str, Any] = {name: getattr(env, name) for name in names}
     for name in ("action_low", "action_high", "hold"):
         said[name] = np.asarray(said[name], np.float32)
         if said[name].shape != (said["action_dim"],):
             raise ValueError(f"the environment {type(env).__name__} has a {name} of shape {said[name].shape}; expected ({said['action_dim']},)")
-    return Sizes(**said)
+    return Sizes(**said, foresees=hasattr(env, "foresee"))
 
 
 def checked_observation(first: Observation, sizes: Sizes) -> Observation:

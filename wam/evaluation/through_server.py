@@ -27,6 +27,7 @@ from wam.evaluation.vector import VectorEnv
 from wam.files import write_json_atomic
 from wam.inference.executor import Executor
 from wam.inference.gate import Gate, GateConfig, read_gate
+from wam.inference.planner import Simulate
 from wam.inference.robot import Loop, Made
 from wam.pretrained import Policy
 
@@ -55,7 +56,7 @@ class ServedDriver(Driver):
         """No: nothing is asked beside the plans."""
         return False
 
-    def executor(self, gate: Gate, watch: Callable[[Made], None]) -> Executor:
+    def executor(self, gate: Gate, watch: Callable[[Made], None], simulate: Simulate) -> Executor:
         """See `Driver.executor`."""
         assert self.served is not None
         return ServedExecutor(self.served, self.loop, self.steps, gate, watch)

@@ -237,6 +237,38 @@ class VectorEnv:
             self._rows[row].over |= result.done
         return results
 
+    def foresee(self, actions: npt.NDArray[Any], rows: Sequence[int]) -> Frames:
+        """What would be seen last of each of several stretches, in some rows; nothing is executed.
+
+        A row that crashes over it is black here, and its crash is what the stretch that is submitted next comes to.
+
+        Args:
+            actions: (m, N, steps, Da), N stretches for each of `rows`.
+            rows: m distinct rows whose episodes are not over, and which are not running.
+
+        Returns:
+            (m, N, H, W, 3).
+
+        Raises:
+            ValueError: an environment that cannot be run ahead.
+        """
+        if not self._sizes.foresees:
+            raise ValueError(f"{self.name} cannot be run ahead and put back, as metaworld/ tasks without disturbances can; use planner.outcomes=imagined")
+        assert self._busy().isdisjoint(rows) and len(actions) == len(rows)
+        asked = [row for row in rows if self._rows[row].lost is None]
+        for i, row in enumerate(rows):
+            if row in asked:
+                self._send("foresee", row, np.asarray(actions[i], np.float32))
+        self._gather(set(asked))
+        seen = np.zeros((len(rows), actions.shape[1], *self._sizes.frame), np.uint8)
+        for i, row in enumerate(rows):
+            answer = self._answers.pop(row, None)
+            if isinstance(answer, StepResult):
+                self._rows[row].lost, self._rows[row].over = answer.crashed, False
+            elif answer is not None:
+                seen[i] = answer
+        return seen
+
     # -------------------------------------------------------------------------------------------- workers
 
     def _busy(self) -> set[int]:
@@ -245,7 +277,7 @@ class VectorEnv:
     def _lane(self, row: int) -> _Lane:
         return self._lanes[row % len(self._lanes)]
 
-    def _send(self, method: Literal["reset", "run"], row: int, request: Any) -> None:
+    def _send(self, method: Literal["reset", "run", "foresee"], row: int, request: Any) -> None:
         lane = self._lane(row)
         if not lane.waiting:
             lane.since = time.monotonic()
@@ -350,6 +382,8 @@ def _row_handler(name: str, settings: dict[str, Any]) -> Callable[[Any], Any]:
         try:
             if method == "reset":
                 return checked_observation(env(row).reset(asked), sizes(row))
+            if method == "foresee":
+                return env(row).foresee(asked)  # type: ignore[attr-defined]
             actions, stride = asked
             return checked_result(env(row).run(actions, stride), len(actions), stride, sizes(row))
         except Exception:

@@ -224,6 +224,11 @@ class Joined(Session):
         self.origin = _rows_of([s.origin for s in sessions])
 
     @property
+    def members(self) -> list[Session]:
+        """See `Session.members`: those that were joined, in the order of their rows."""
+        return self.parts
+
+    @property
     def _blocks(self) -> list[int]:
         return [b + self.block - self._began for b in self._base]
 

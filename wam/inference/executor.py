@@ -35,7 +35,7 @@ from wam.inference.foreseen import Foreseen
 from wam.inference.gate import MAX_HISTORY, Gate, GateRefusal
 from wam.inference.guided import plan_guided
 from wam.inference.memory import PolicySpan, StepMemory
-from wam.inference.planner import Planner, search_flops
+from wam.inference.planner import Planner, Simulate, search_flops
 from wam.inference.robot import Loop, Made, Pending, Robot, Way, held
 from wam.inference.session import Plan, Session, memory_lasts
 from wam.model.conditions import Conditions
@@ -51,9 +51,10 @@ class Executor:
         gate: stands between plans and robots.
         scale: what surprise is measured in; needed for a check.
         watch: told of every plan when it is made.
+        simulate: runs the robots' world ahead, for a planner that is to know what would come.
     """
 
-    def __init__(self, policy: Policy, loop: Loop, gate: Gate, scale: SurpriseScale | None = None, watch: Callable[[Made], None] = lambda made: None):
+    def __init__(self, policy: Policy, loop: Loop, gate: Gate, scale: SurpriseScale | None = None, watch: Callable[[Made], None] = lambda made: None, simulate: Simulate | None = None):
         """Check that loop and policy fit.
 
         Raises:
@@ -63,7 +64,7 @@ class Executor:
         t = policy.config.timeline
         self.span, self.stride, self.horizon = PolicySpan.of(policy), t.stride, t.actions_per_block
         check_times(policy, loop)
-        self.planner = Planner(policy, loop.planner) if loop.planner.kind != "none" else None
+        self.planner = Planner(policy, loop.planner, simulate) if loop.planner.kind != "none" else None
         self.checker = self._new_checker(scale)
         self._texts: dict[str, Conditions] = {}
         self._flops: dict[Way, float] = {}
@@ -386,6 +387,8 @@ def check_times(policy: Policy, loop: Loop) -> None:
         raise ValueError("execution.time is 'ahead', whose plans begin at a moment that was not seen when they were made, so check.source has nothing to compare with; use asynchronous, or check.source=none")
     if execution.time == "guided" and loop.planner.kind != "none":
         raise ValueError(f"execution.time is 'guided' and planner.kind is {loop.planner.kind!r}: a search has no velocities to guide; use asynchronous, whose candidates all begin with what is decided")
+    if loop.planner.kind != "none" and loop.planner.outcomes == "simulated" and (execution.time != "synchronous" or execution.realtime or execution.delay):
+        raise ValueError("planner.outcomes is 'simulated', which runs the simulator ahead from where it stands, so plans must begin there; use execution.time=synchronous without a delay")
     if execution.time == "ahead" and memory_lasts(policy) is not None:
         raise ValueError("execution.time is 'ahead', but this model's memory begins anew from a frame that has not come by then; use asynchronous")
     if loop.check.source == "forward" and policy.config.training.modes.get("forward", 0) == 0:

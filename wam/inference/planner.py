@@ -14,6 +14,7 @@ Rows of a session are independent, whoever they are planned for with.  With one 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ from wam.model.sampling import Sample
 from wam.pretrained import Policy
 from wam.relations import trained_valuations, untrained_mode_warning
 from wam.timeline import FIRST_BLOCK
+
+Simulate = Callable[[Sequence[Session], np.ndarray], np.ndarray]  # robots and N stretches (B, N, A, d) of each, to what would be seen last, uint8 (B, N, H, W, 3)
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,23 @@ class Search:
 class Planner:
     """A policy and how its plans are chosen; it remembers nothing from one plan to the next."""
 
-    def __init__(self, policy: Policy, config: PlannerConfig):
+    def __init__(self, policy: Policy, config: PlannerConfig, simulate: Simulate | None = None):
         """Check that the policy can do what is asked.
+
+        Args:
+            simulate: what follows from actions, where `outcomes` asks for a simulator.
 
         Raises:
             ValueError: outcomes are to be imagined, and the checkpoint was not trained in mode `forward`; a value is asked of one without a value head.
             LeakError: its table has no forward dynamics.
         """
-        self.policy, self.config = policy, config
+        self.policy, self.config, self.simulate = policy, config, simulate if config.outcomes == "simulated" else None
+        if config.kind != "none" and config.outcomes == "simulated" and simulate is None:
+            raise ValueError("planner.outcomes is 'simulated', and there is no simulator to run ahead; use planner.outcomes=imagined")
         valuations = trained_valuations(policy.config)
         if config.kind != "none" and config.score == "value" and not valuations:
             raise ValueError("planner.score is 'value', but this checkpoint has no trained value head; train one (model.value, training.valuations), or use planner.score=goal or agreement")
-        self.imagines = config.score == "goal" or (config.score == "value" and "outcome" in valuations)
+        self.imagines = (config.score == "goal" and self.simulate is None) or (config.score == "value" and "outcome" in valuations)
         warning = untrained_mode_warning(policy.config, "forward") if config.kind != "none" and self.imagines else None
         if warning:
             raise ValueError(f"planner.score is {config.score!r}, which imagines what follows from actions: {warning}")
@@ -137,11 +145,19 @@ class Planner:
 
     def _scores(self, session: Session, actions_BNTA: Tensor, outcomes: Tensor | None) -> Tensor:
         if self.config.score == "goal":
-            assert outcomes is not None and session.target is not None and session.newest is not None
-            return goal_scores(last_pictures(self.policy.codec, outcomes), session.target[:, :, 0], session.newest[:, :, 0], self.config.distance)
+            assert session.target is not None and session.newest is not None
+            return goal_scores(self._last(session, actions_BNTA, outcomes), session.target[:, :, 0], session.newest[:, :, 0], self.config.distance)
         if self.config.score == "value":
             return value_of(session, latents=outcomes) if self.imagines else value_of(session, actions=self._physical(session, actions_BNTA))
         return agreement_scores(actions_BNTA)
+
+    def _last(self, session: Session, actions_BNTA: Tensor, outcomes: Tensor | None) -> Tensor:
+        """What each candidate leads to, as a picture by itself, in latents (B, N, C, h, w)."""
+        if self.simulate is None:
+            assert outcomes is not None
+            return last_pictures(self.policy.codec, outcomes)
+        pictures = torch.from_numpy(self.simulate(session.members, self._physical(session, actions_BNTA))).to(session.model.device)
+        return self.policy.codec.encode(pictures.flatten(0, 1).unsqueeze(1))[:, :, 0].unflatten(0, pictures.shape[:2])
 
     @staticmethod
     def _physical(session: Session, actions_BNTA: Tensor) -> np.ndarray:

@@ -125,6 +125,11 @@ class Session:
         return len(self.generators)
 
     @property
+    def members(self) -> list[Session]:
+        """The sessions that it stands for."""
+        return [self]
+
+    @property
     def _sides(self) -> int:
         """Rows of the cache a robot: with guidance, one for the instruction and one for the negative prompt."""
         return 2 if self.guided else 1
