@@ -31,12 +31,13 @@ from wam.serving import logs
         (["--execute", "0"], "execute is 0"),
         (["--api-key-file", "/nowhere/key"], "/nowhere/key: No such file"),
         (["--rate", "nan"], "rate is nan"),
+        (["--checkpoint", "another"], "two checkpoints are given; name one"),
         ([], "no-checkpoint-here"),
     ],
 )
 def test_wrong_settings_are_one_line(flags: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "set_up", lambda form: None)  # for a process of its own
-    assert main(["serve", "--checkpoint", str(tmp_path / "no-checkpoint-here"), *flags]) == 2
+    assert main(["serve", str(tmp_path / "no-checkpoint-here"), *flags]) == 2
     assert told in capsys.readouterr().err
 
 

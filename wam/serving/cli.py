@@ -18,12 +18,12 @@ and an action gate stands between the model and the wire: nothing that breaks it
 is no plan there is an error with a code, never an action that was made up.
 
 examples:
-  wam serve --checkpoint runs/demo/train/checkpoint
-  wam serve --checkpoint runs/droid --port 8000 --gate limits.yaml --mode skip --steps 4
-  wam serve --checkpoint runs/droid --host 0.0.0.0 --api-key-file key --cert cert.pem --key key.pem
-  wam serve --checkpoint runs/droid --clock steps --execute 8        clients that execute 8 actions of each plan
-  wam serve --checkpoint runs/mine --name corner4=observation/image   the client's own name of a camera
-  wam serve --checkpoint runs/droid --record recordings/monday        and later: wam replay recordings/monday --checkpoint runs/next
+  wam serve runs/demo/train/checkpoint
+  wam serve runs/droid --port 8000 --gate limits.yaml --mode skip --steps 4
+  wam serve runs/droid --host 0.0.0.0 --api-key-file key --cert cert.pem --key key.pem
+  wam serve runs/droid --clock steps --execute 8        clients that execute 8 actions of each plan
+  wam serve runs/mine --name corner4=observation/image   the client's own name of a camera
+  wam serve runs/droid --record recordings/monday        and later: wam replay recordings/monday --checkpoint runs/next
 
 while it runs:
   GET /healthz   it is there          GET /readyz   the model is warm          GET /metrics   Prometheus
@@ -46,7 +46,8 @@ stdout once it is ready
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wam serve`."""
-    parser.add_argument("--checkpoint", metavar="DIR|ID", required=True, help="policy folder that `wam train` or `wam convert` wrote, or a Hub id")
+    parser.add_argument("folder", metavar="CHECKPOINT", nargs="?", help="policy folder that `wam train` or `wam convert` wrote, or a Hub id")
+    parser.add_argument("--checkpoint", metavar="CHECKPOINT", help="the same, as other commands take it")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--mode", metavar="NAME", help="how actions are had, where a request does not say (default: the acting mode trained most)")
     parser.add_argument("--steps", metavar="N", type=int, help="solver steps of a plan, where a request does not say (default: the checkpoint's)")
@@ -92,6 +93,9 @@ def run(args: argparse.Namespace) -> None:
         ValueError, OSError: settings, files or the checkpoint are not what they should be.
         ImportError: the extra is not installed.
     """
+    if (args.folder is None) == (args.checkpoint is None):
+        raise ValueError(f"{'no checkpoint is' if args.folder is None else 'two checkpoints are'} given; name one: wam serve runs/demo/train/checkpoint")
+    args.checkpoint = args.checkpoint or args.folder
     try:
         import prometheus_client  # noqa: F401
         import websockets  # noqa: F401
