@@ -160,13 +160,13 @@ def test_running_ahead_shows_what_would_come_and_changes_nothing(env: Environmen
     with VectorEnv(TASK, 3, workers=2) as many:
         many.reset([11, 12, 13])
         many.run(before, [1], 4)
-        seen = many.foresee(stretches[None], [1])
+        seen = many.foresee(stretches[None], [1], 4)
         ran = many.run(after, [1], 4)[0]
         os.kill(many._lane(2).worker._process.pid, signal.SIGKILL)
-        assert not many.foresee(stretches[None], [2]).any()
+        assert not many.foresee(stretches[None], [2], 4).any()
         assert "exit code -9" in str(many.run(after, [2], 4)[0].crashed)
-    assert seen.shape == (1, 3, 64, 64, 3)
-    assert np.array_equal(seen[0, 0], ran.frames[-1])
+    assert seen.shape == (1, 3, 2, 64, 64, 3)
+    assert np.array_equal(seen[0, 0], ran.frames)
     assert not np.array_equal(seen[0, 0], seen[0, 1])
     env.reset(12)
     env.run(before[0], 4)

@@ -181,7 +181,7 @@ def test_a_simulator_may_say_what_follows() -> None:
     def simulate(sessions: Sequence[Session], actions: np.ndarray) -> np.ndarray:
         assert list(sessions) == robots, "robots of a shared pass are told apart"
         asked.append(actions)
-        shown = np.full((2, N, *policy.config.codec.image_size, 3), 128, np.uint8)
+        shown = np.full((2, N, policy.config.timeline.frames_per_block, *policy.config.codec.image_size, 3), 128, np.uint8)
         for row, best in enumerate(right):
             shown[row, best] = goals[row][0]
         return shown
@@ -195,9 +195,15 @@ def test_a_simulator_may_say_what_follows() -> None:
     for row, plan in enumerate(plans):
         assert plan is not None and plan.imagined is None
         np.testing.assert_array_equal(plan.actions[0], asked[0][row, right[row]])
+    kept = _session(policy, [0], blocks=2)
+    moving = np.random.default_rng(0).integers(0, 256, (1, N, policy.config.timeline.frames_per_block, *policy.config.codec.image_size, 3), dtype=np.uint8)
+    found = Planner(policy, planner.config, lambda sessions, actions: moving).search(kept, "skip", how)
+    kept.commit(np.zeros((1, policy.config.timeline.actions_per_block, 4), np.float32))
+    assert found.outcomes is not None
+    torch.testing.assert_close(found.outcomes[:, 1], kept.observe(moving[:, 1], test_session._episode(policy.config).rows([0]).at(2)[1]))
     with pytest.raises(ValueError, match="there is no simulator to run ahead"):
         Planner(policy, replace(BY_GOAL, outcomes="simulated"))
-    with pytest.raises(ConfigError, match=r"set planner\.score=goal, which looks at what follows"):
+    with pytest.raises(ConfigError, match=r"set planner\.score=goal or value, which look at what follows"):
         replace(BEST, outcomes="simulated")
 
 

@@ -17,7 +17,7 @@ class PlannerConfig:
     kind: Literal["none", "best_of_n", "cem"] = "none"
     candidates: int = 8  # N
     score: Score = "agreement"  # what is best: the imagined end is nearest to the goal image; most other candidates are near; the value head promises most
-    outcomes: Literal["imagined", "simulated"] = "imagined"  # `goal`: what follows from candidates, by forward dynamics, or by the simulator itself, run ahead and put back: what a world model without error would be worth
+    outcomes: Literal["imagined", "simulated"] = "imagined"  # what follows from candidates: by forward dynamics, or as the simulator itself shows it, run ahead and put back: what a world model without error would be worth
     imagined: int | None = None  # `best_of_n`: of the N, how many are imagined and scored: those most unlike each other; default: all
     forward_steps: int = 1  # solver steps of imagining what follows from a candidate; one gives the mean of what may follow, which tells candidates apart best
     distance: Literal["l1", "l2"] = "l1"  # to the goal, in latents
@@ -32,7 +32,7 @@ class PlannerConfig:
         for name in ("candidates", "forward_steps", "iterations", "elites"):
             _require(getattr(self, name) >= 1, f"planner.{name} is {getattr(self, name)}", "it must be at least 1")
         _require(self.imagined is None or 1 <= self.imagined <= self.candidates, f"planner.imagined is {self.imagined} of {self.candidates} candidates", f"use 1..{self.candidates}, or null for all")
-        _require(self.outcomes == "imagined" or self.score == "goal", f"planner.outcomes is {self.outcomes!r} and planner.score is {self.score!r}", "set planner.score=goal, which looks at what follows")
+        _require(self.outcomes == "imagined" or self.score != "agreement", f"planner.outcomes is {self.outcomes!r} and planner.score is {self.score!r}", "set planner.score=goal or value, which look at what follows")
         _require(self.sigma > 0, f"planner.sigma is {self.sigma}", "a standard deviation is above 0")
         if self.kind == "cem":
             _require(self.imagined is None, f"planner.imagined is {self.imagined}, but every candidate of planner.kind=cem is imagined", "leave it out, or lower planner.candidates")

@@ -83,8 +83,8 @@ class Environment(Protocol):
     """One robot in one simulated world.
 
     `hold` is what a robot is sent that has no plan: NaN where its last command is repeated (positions, grippers), a number where that is
-    sent (0 for displacements).  Some environments also have `expert_action()`, a scripted expert, and `foresee(actions (N, m, Da))`, the last
-    picture (N, H, W, 3) of each of N stretches that could be executed now, after which nothing has happened.
+    sent (0 for displacements).  Some environments also have `expert_action()`, a scripted expert, and `foresee(actions (N, m, Da),
+    frame_stride)`, the frames (N, m // frame_stride, H, W, 3) of each of N stretches that could be executed now, after which nothing has happened.
     """
 
     state_dim: int

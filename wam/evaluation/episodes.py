@@ -264,7 +264,7 @@ class _Wave:
 
     def _simulate(self, sessions: Sequence[Session], actions_BNTd: Floats) -> Frames:
         rows = {id(robot.session): row for row, robot in self.running.items()}
-        return self.env.foresee(actions_BNTd, [rows[id(session)] for session in sessions])
+        return self.env.foresee(actions_BNTd, [rows[id(session)] for session in sessions], self.driver.stride)
 
     def _made(self, made: Made) -> None:
         row = self._row_of[id(made.robot)]

@@ -162,21 +162,26 @@ class MetaWorldEnv:
             done=self._over,
         )
 
-    def foresee(self, actions: npt.NDArray[Any]) -> Frames:
-        """What is seen last of each of several stretches (N, steps, 4) that could be executed now, (N, H, W, 3); nothing is executed."""
+    def foresee(self, actions: npt.NDArray[Any], frame_stride: int) -> Frames:
+        """What would be seen of several stretches (N, steps, 4), each executed from here; nothing is executed.
+
+        Returns:
+            (N, steps // frame_stride, H, W, 3): as `run` would show it; the world stands still where the episode ends.
+        """
         actions = _checked(actions, (*np.shape(actions)[:2], 4))
         now, observed, steps = Snapshot(self._env), self._full_observation(), self.steps
         frames = []
         for stretch in actions:
+            over = False
             try:
-                for action in stretch:
-                    if self.step(action)[2] or self.steps >= self.max_steps:
-                        break
-                frames.append(self.render())
+                for count, action in enumerate(stretch, start=1):
+                    over = over or self.step(action)[2] or self.steps >= self.max_steps
+                    if count % frame_stride == 0:
+                        frames.append(self.render())
             finally:
                 now.restore(self._env)
                 self._observed, self.steps = observed, steps
-        return np.stack(frames)
+        return np.asarray(frames, np.uint8).reshape(len(actions), -1, self.image_size, self.image_size, 3)
 
     def render(self) -> Frames:
         """The current image, (H, W, 3), upright."""

@@ -67,9 +67,9 @@ class _Seen:
         """See `VectorEnv.run`."""
         return [replace(result, frames=look(self.canvas, result.frames)) for result in self.env.run(actions, rows, frame_stride)]
 
-    def foresee(self, actions: npt.NDArray[Any], rows: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def foresee(self, actions: npt.NDArray[Any], rows: Sequence[int], frame_stride: int) -> npt.NDArray[np.uint8]:
         """See `VectorEnv.foresee`."""
-        return look(self.canvas, self.env.foresee(actions, rows))
+        return look(self.canvas, self.env.foresee(actions, rows, frame_stride))
 
     def collect(self, rows: Sequence[int] | None = None) -> dict[int, StepResult]:
         """See `VectorEnv.collect`."""

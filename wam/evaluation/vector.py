@@ -237,8 +237,8 @@ class VectorEnv:
             self._rows[row].over |= result.done
         return results
 
-    def foresee(self, actions: npt.NDArray[Any], rows: Sequence[int]) -> Frames:
-        """What would be seen last of each of several stretches, in some rows; nothing is executed.
+    def foresee(self, actions: npt.NDArray[Any], rows: Sequence[int], frame_stride: int) -> Frames:
+        """What would be seen of several stretches, in some rows; nothing is executed.
 
         A row that crashes over it is black here, and its crash is what the stretch that is submitted next comes to.
 
@@ -247,7 +247,7 @@ class VectorEnv:
             rows: m distinct rows whose episodes are not over, and which are not running.
 
         Returns:
-            (m, N, H, W, 3).
+            (m, N, steps // frame_stride, H, W, 3).
 
         Raises:
             ValueError: an environment that cannot be run ahead.
@@ -258,9 +258,9 @@ class VectorEnv:
         asked = [row for row in rows if self._rows[row].lost is None]
         for i, row in enumerate(rows):
             if row in asked:
-                self._send("foresee", row, np.asarray(actions[i], np.float32))
+                self._send("foresee", row, (np.asarray(actions[i], np.float32), frame_stride))
         self._gather(set(asked))
-        seen = np.zeros((len(rows), actions.shape[1], *self._sizes.frame), np.uint8)
+        seen = np.zeros((len(rows), actions.shape[1], actions.shape[2] // frame_stride, *self._sizes.frame), np.uint8)
         for i, row in enumerate(rows):
             answer = self._answers.pop(row, None)
             if isinstance(answer, StepResult):
@@ -382,9 +382,9 @@ def _row_handler(name: str, settings: dict[str, Any]) -> Callable[[Any], Any]:
         try:
             if method == "reset":
                 return checked_observation(env(row).reset(asked), sizes(row))
-            if method == "foresee":
-                return env(row).foresee(asked)  # type: ignore[attr-defined]
             actions, stride = asked
+            if method == "foresee":
+                return env(row).foresee(actions, stride)  # type: ignore[attr-defined]
             return checked_result(env(row).run(actions, stride), len(actions), stride, sizes(row))
         except Exception:
             text, broken = traceback.format_exc(), rows.pop(row, None)

@@ -14,6 +14,7 @@ Rows of a session are independent, whoever they are planned for with.  With one 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from wam.pretrained import Policy
 from wam.relations import trained_valuations, untrained_mode_warning
 from wam.timeline import FIRST_BLOCK
 
-Simulate = Callable[[Sequence[Session], np.ndarray], np.ndarray]  # robots and N stretches (B, N, A, d) of each, to what would be seen last, uint8 (B, N, H, W, 3)
+Simulate = Callable[[Sequence[Session], np.ndarray], np.ndarray]  # robots and N stretches (B, N, A, d) of each, to the block's frames that would come of each, uint8 (B, N, n, H, W, 3)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ class Planner:
         valuations = trained_valuations(policy.config)
         if config.kind != "none" and config.score == "value" and not valuations:
             raise ValueError("planner.score is 'value', but this checkpoint has no trained value head; train one (model.value, training.valuations), or use planner.score=goal or agreement")
-        self.imagines = (config.score == "goal" and self.simulate is None) or (config.score == "value" and "outcome" in valuations)
+        self.follows = config.score == "goal" or (config.score == "value" and "outcome" in valuations)  # scores look at what follows from actions
+        self.imagines = self.follows and self.simulate is None
+        if self.simulate is not None and not self.follows:
+            raise ValueError("planner.outcomes is 'simulated', but this checkpoint's values are of actions (training.valuations), so nothing looks at what follows; use planner.score=goal")
         warning = untrained_mode_warning(policy.config, "forward") if config.kind != "none" and self.imagines else None
         if warning:
             raise ValueError(f"planner.score is {config.score!r}, which imagines what follows from actions: {warning}")
@@ -97,7 +101,7 @@ class Planner:
         rows = torch.arange(len(found.best_B), device=found.best_B.device)
         with session._timed("post"):
             actions = session._physical(Sample(found.actions_BNTA[rows, found.best_B]))
-        imagined = None if found.outcomes is None else found.outcomes[rows, found.best_B]
+        imagined = None if found.outcomes is None or self.simulate is not None else found.outcomes[rows, found.best_B]
         timings, session.timings = session.timings, {}
         return Plan(actions, imagined, timings)
 
@@ -116,7 +120,7 @@ class Planner:
             assert drawn.action_BTA is not None
             actions = drawn.action_BTA.unflatten(0, (-1, candidates.count))
             video = None if drawn.video_BCFHW is None else drawn.video_BCFHW.unflatten(0, (-1, candidates.count))
-            if self.imagines and self.config.imagined is not None:
+            if self.follows and self.config.imagined is not None:
                 candidates, actions = candidates.keep(actions, self.config.imagined)
             found = self._judge(candidates, actions, how, video)
         for _ in range(self.config.iterations - 1 if self.config.kind == "cem" else 0):
@@ -137,7 +141,7 @@ class Planner:
         """Imagine what follows, where the score needs it, and score."""
         session = candidates.session
         with session._timed("outcomes"):
-            outcomes = candidates.imagine(actions_BNTA, how) if self.imagines else video
+            outcomes = self._outcomes(candidates, actions_BNTA, how) if self.follows else video
         with session._timed("scores"):
             scores = self._scores(session, actions_BNTA, outcomes)
         best = scores.argmax(dim=1)
@@ -145,19 +149,19 @@ class Planner:
 
     def _scores(self, session: Session, actions_BNTA: Tensor, outcomes: Tensor | None) -> Tensor:
         if self.config.score == "goal":
-            assert session.target is not None and session.newest is not None
-            return goal_scores(self._last(session, actions_BNTA, outcomes), session.target[:, :, 0], session.newest[:, :, 0], self.config.distance)
+            assert outcomes is not None and session.target is not None and session.newest is not None
+            return goal_scores(last_pictures(self.policy.codec, outcomes), session.target[:, :, 0], session.newest[:, :, 0], self.config.distance)
         if self.config.score == "value":
-            return value_of(session, latents=outcomes) if self.imagines else value_of(session, actions=self._physical(session, actions_BNTA))
+            return value_of(session, latents=outcomes) if self.follows else value_of(session, actions=self._physical(session, actions_BNTA))
         return agreement_scores(actions_BNTA)
 
-    def _last(self, session: Session, actions_BNTA: Tensor, outcomes: Tensor | None) -> Tensor:
-        """What each candidate leads to, as a picture by itself, in latents (B, N, C, h, w)."""
+    def _outcomes(self, candidates: Candidates, actions_BNTA: Tensor, how: SamplingConfig) -> Tensor:
+        """What follows from each candidate, (B, N, C, k, h, w)."""
         if self.simulate is None:
-            assert outcomes is not None
-            return last_pictures(self.policy.codec, outcomes)
-        pictures = torch.from_numpy(self.simulate(session.members, self._physical(session, actions_BNTA))).to(session.model.device)
-        return self.policy.codec.encode(pictures.flatten(0, 1).unsqueeze(1))[:, :, 0].unflatten(0, pictures.shape[:2])
+            return candidates.imagine(actions_BNTA, how)
+        session = candidates.session
+        frames = torch.from_numpy(self.simulate(session.members, self._physical(session, actions_BNTA))).to(session.model.device)
+        return torch.stack([copy.deepcopy(session.stream).encode(frames[:, n]) for n in range(frames.shape[1])], dim=1)  # as `Session.observe` would
 
     @staticmethod
     def _physical(session: Session, actions_BNTA: Tensor) -> np.ndarray:
