@@ -130,6 +130,7 @@ def test_a_crash_loses_the_episode_in_progress_alone(tmp_path: Path) -> None:
     recorder(Ended("whole", "reset"))
     while not recorder.recording.names:
         time.sleep(0.005)
+    (tmp_path / rows.STAGING / ".cut.0a1b2c.npz").write_bytes(b"half of a file, whose process was killed")
     again, _ = _recorder(tmp_path)  # as the next server finds it; the first never closed
     assert again.close(20)
     assert [e.length for e in _read(tmp_path)[0].episodes] == [8]

@@ -17,6 +17,7 @@ from wam.serving import replay as module
 from wam.serving.contract import Contract
 from wam.serving.recorder import Recorder
 from wam.serving.replay import numbers, replay, table
+from wam.serving.served import FOLDER
 
 A = 8
 
@@ -69,6 +70,7 @@ def test_the_same_checkpoint_plans_the_same_from_the_same_pictures(recording: Pa
 
 
 def test_modes_steps_and_the_gate_are_heeded(recording: Path) -> None:
+    (recording / FOLDER / ".last.0a1b2c.npz").write_bytes(b"half of a file, whose process was killed")
     contract, strict = Contract.of(policy()), _gate(GateConfig(groups=(GroupLimits("all", 0, 4, low=(-1e-3,), high=(1e-3,)),), slack=0))
     told = numbers(replay(recording, policy(), contract, strict, mode="joint", steps=1, most=1))
     assert told["episodes"] == 1 and told["gate"]["then"] == {"passed": told["plans"]} and told["gate"]["now"] == {"position": told["plans"]}

@@ -170,7 +170,7 @@ class Recording:
     @property
     def names(self) -> list[str]:
         """Episodes that are whole, in order of their names."""
-        return sorted(path.stem for path in self.staging.glob("*.npz"))
+        return sorted(path.stem for path in self.staging.glob("[!.]*.npz"))  # what begins with a dot is being written, or was when its process was killed
 
     def has(self, name: str) -> bool:
         """Whether an episode is there."""

@@ -326,7 +326,7 @@ def _rejected_path(staging: Path, task: str, seed: int) -> Path:
 
 
 def _kept(staging: Path) -> str:
-    return f"{len(list(staging.glob('*/*.npz')))} finished episodes are kept in {staging}; the same command goes on from there"
+    return f"{len(list(staging.glob('*/[!.]*.npz')))} finished episodes are kept in {staging}; the same command goes on from there"
 
 
 def _assemble(config: CollectConfig, root: Path, staging: Path, tasks: dict[str, _Task], provenance: dict[str, Any]) -> None:

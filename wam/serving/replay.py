@@ -101,7 +101,7 @@ def replay(root: Path, policy: Policy, contract: Contract, gate: Gate, mode: str
         FileNotFoundError: there are no plans in the recording.
         ValueError: the checkpoint is of another robot (a table of both), a damaged recording, or a mode that it does not act in.
     """
-    paths = sorted((root / FOLDER).glob("*.npz"))
+    paths = sorted((root / FOLDER).glob("[!.]*.npz"))
     if not paths:
         raise FileNotFoundError(f"{root / FOLDER} holds no plans; give a directory that `wam serve --record` wrote")
     served = {path.stem: read_served(path) for path in paths[-most if most else 0 :]}
