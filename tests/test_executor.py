@@ -64,6 +64,9 @@ def test_what_is_decided_is_held_in_the_next_plan_and_no_robot_waits(policy: Pol
             assert at == asked
             np.testing.assert_array_equal(plan[:4].clip(-1, 1), sent[at : at + 4])  # held as decided
             np.testing.assert_array_equal(plan[4:].clip(-1, 1)[: len(sent) - at - 4], sent[at + 4 : at + 8])
+        borders = [4, *(at + 4 for at, _ in log.plans[row][1:] if at + 4 < len(sent))]
+        jump = np.mean([np.abs(sent[at] - sent[at - 1]).max() for at in borders])  # the box is from -1 to 1
+        assert jump > 1e-3 and episodes[row].jump == pytest.approx(jump, abs=1e-6)
     assert np.array_equal(log.actions(0)[:4], np.zeros((4, 4)))
 
 

@@ -45,6 +45,7 @@ class Episode:
         held: control steps without a decided action; `late`: plans that came after the robot had run dry; `refused`: plans not let through.
         surprises, replans: comparisons above the threshold, and plans asked for because of one.
         flops: of its plans and checks.
+        jump: how much commands change where one plan follows another: the mean over these borders of the largest change of a dimension, in half widths of the action box; None: no border, or no box.
         latency_ms_p50, latency_ms_p95, latency_ms_max: from an observation to a plan, as it was in this run (a batch waits together).
         events: what was done to it on purpose.
     """
@@ -66,6 +67,7 @@ class Episode:
     flops: float = 0.0
     reward: float = 0.0  # the largest
     events: tuple[dict[str, Any], ...] = ()
+    jump: float | None = field(default=None, compare=False)
     latency_ms_p50: float | None = field(default=None, compare=False)
     latency_ms_p95: float | None = field(default=None, compare=False)
     latency_ms_max: float | None = field(default=None, compare=False)
@@ -260,7 +262,7 @@ class _Wave:
 
     def episodes(self) -> list[Episode]:
         """What came of each, in the order of the seeds."""
-        return [count.episode(int(seed), self.robots.get(row)) for row, (seed, count) in enumerate(zip(self.seeds, self.counts, strict=True))]
+        return [count.episode(int(seed), self.robots.get(row), ((self.env.action_high - self.env.action_low) / 2).astype(np.float32)) for row, (seed, count) in enumerate(zip(self.seeds, self.counts, strict=True))]
 
     def _simulate(self, sessions: Sequence[Session], actions_BNTd: Floats) -> Frames:
         rows = {id(robot.session): row for row, robot in self.running.items()}
@@ -292,7 +294,7 @@ class _Count:
     def end(self, outcome: Outcome, why: str | None) -> None:
         self.outcome, self.why = outcome, why
 
-    def episode(self, seed: int, robot: Robot | None) -> Episode:
+    def episode(self, seed: int, robot: Robot | None, half: Floats) -> Episode:
         assert self.outcome is not None
         events = tuple({"kind": e.kind, "step": e.step, "size": e.size, "unit": e.unit, "lasts": e.lasts} for e in self.events)
         ended = {"outcome": self.outcome, "why": self.why, "reward": self.reward, "events": events}
@@ -300,8 +302,13 @@ class _Count:
             return Episode(seed, False, self.length, 0, 0, **ended)  # type: ignore[arg-type]
         t = robot.tally
         spread = {f"latency_ms_{name}": float(np.percentile(t.latency_ms, q)) if t.latency_ms else None for name, q in (("p50", 50), ("p95", 95), ("max", 100))}
-        counted = {"held": t.held, "late": t.late, "refused": t.refused, "surprises": t.surprises, "replans": t.replans, "flops": t.flops}
+        counted = {"held": t.held, "late": t.late, "refused": t.refused, "surprises": t.surprises, "replans": t.replans, "flops": t.flops, "jump": _mean_jump(t.jumps, half)}
         return Episode(seed, self.outcome == "success", self.length, t.plans, sum(t.gate.values()), gate=dict(t.gate), modes=dict(t.modes), **ended, **counted, **spread)  # type: ignore[arg-type]
+
+
+def _mean_jump(jumps: Sequence[Floats], half: Floats) -> float | None:
+    inside = np.isfinite(half)
+    return float((np.stack(jumps) / half)[:, inside].max(axis=1).mean()) if jumps and inside.any() else None
 
 
 def box_gate(low: Floats, high: Floats) -> GateConfig:

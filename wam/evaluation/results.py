@@ -118,6 +118,7 @@ def summarize(episodes: Sequence[Episode], control_hz: float) -> dict[str, Any]:
         "control_hz_reached": control_hz * acted / steps if steps else None,
         "surprises": sum(episode.surprises for episode in scored),
         "replans": sum(episode.replans for episode in scored),
+        "jump": float(np.mean(jumps)) if (jumps := [episode.jump for episode in scored if episode.jump is not None]) else None,
         "flops_per_episode": float(np.mean([episode.flops for episode in scored])) if any(episode.flops for episode in scored) else None,
         "episode_results": [{**asdict(episode), "events": list(episode.events)} for episode in ordered],
     }

@@ -303,6 +303,8 @@ class Executor:
         robot.next_plan = self._next(robot, pending, origin)
         if passed is None:
             return
+        if before and len(passed):
+            robot.tally.jumps.append(np.abs(passed[0] - before[-1]))
         robot.queue = np.concatenate([kept, passed])
         if pending.foreseen is not None:
             robot.foreseen = replace(pending.foreseen, origin=origin)

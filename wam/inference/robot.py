@@ -66,6 +66,7 @@ class Tally:
         gate: control steps changed or cut off, by rule.
         flops: of all plans and checks.
         latency_ms: of each plan, from its observation to its actions.
+        jumps: (d,) each: from what was sent, or decided, last to the first action of the plan that was taken up.
     """
 
     plans: int = 0
@@ -79,6 +80,7 @@ class Tally:
     latency_ms: list[float] = field(default_factory=list)
     modes: Counter[str] = field(default_factory=Counter)
     checks: list[Surprise] = field(default_factory=list)
+    jumps: list[np.ndarray] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
