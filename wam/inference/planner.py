@@ -64,7 +64,8 @@ class Planner:
             simulate: what follows from actions, where `outcomes` asks for a simulator.
 
         Raises:
-            ValueError: outcomes are to be imagined, and the checkpoint was not trained in mode `forward`; a value is asked of one without a value head.
+            ValueError: outcomes are to be imagined, and the checkpoint was not trained in mode `forward`; a value is asked of one without a value head;
+                simulated outcomes, and there is no simulator or nothing looks at them.
             LeakError: its table has no forward dynamics.
         """
         self.policy, self.config, self.simulate = policy, config, simulate if config.outcomes == "simulated" else None
