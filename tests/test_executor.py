@@ -79,6 +79,19 @@ def test_naive_plans_know_nothing_of_what_is_executed_meanwhile(policy: Policy) 
     np.testing.assert_array_equal(second[4:].clip(-1, 1), naive.actions(0)[12:16])
 
 
+def test_unaligned_plans_are_executed_late_from_their_first_action_on(policy: Policy) -> None:
+    _, naive = drive(policy, execution=ExecutionConfig(time="naive", delay=4))
+    episodes, late = drive(policy, execution=ExecutionConfig(time="unaligned", delay=4))
+    np.testing.assert_array_equal(late.actions(0)[:12], naive.actions(0)[:12])
+    assert late.asked == naive.asked, "pictures are looked at as often"
+    for row in range(2):
+        starts, sent = [at for at, _ in late.plans[row]], late.actions(row)
+        assert starts == [asked + 4 for asked in late.asked[row]]
+        for at, plan in late.plans[row]:
+            np.testing.assert_array_equal(plan[:4].clip(-1, 1)[: len(sent) - at], sent[at : at + 4])
+        assert episodes[row].held == 4 and episodes[row].late == 0
+
+
 def test_a_robot_that_thinks_stands_still_and_its_steps_are_counted(policy: Policy) -> None:
     episodes, log = drive(policy, execution=ExecutionConfig(delay=3))  # frames come every other step: 4
     assert log.asked[0] == [0, 12, 24, 36] and [at for at, _ in log.plans[0]] == [4, 16, 28, 40]
@@ -125,6 +138,8 @@ def test_a_block_ahead_that_the_gate_cut_is_followed_by_a_plan_from_now_on(polic
 def test_a_plan_that_comes_too_late_leaves_the_robot_holding_and_is_counted(policy: Policy) -> None:
     episodes, _ = drive(policy, execution=ExecutionConfig(time="asynchronous", delay=6))  # 2 of 8 actions are left of each plan, for 6 steps
     assert episodes[0].late > 0 and episodes[0].held > 6
+    whole, _ = drive(policy, execution=ExecutionConfig(time="unaligned", delay=6))  # all 8 are executed
+    assert whole[0].late == 0 and whole[0].held == 6
 
 
 def test_what_the_gate_refuses_leaves_what_was_decided(policy: Policy) -> None:

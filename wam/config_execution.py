@@ -5,6 +5,7 @@
                        plan ....| plan ....|
     guided         as asynchronous, by guidance (real-time chunking), for checkpoints that were not trained with a prefix
     naive          as asynchronous, but the plan knows nothing of what is executed meanwhile: chunks are switched where they meet
+    unaligned      as naive, and a plan is executed from its first action on when it comes, though it was made for the moment at which it was asked for
     ahead          the block after this one is planned while this one runs, all of which is decided
 
 Time is counted in control steps, so a simulation is the same on every machine; `realtime` counts what plans really took.
@@ -17,7 +18,7 @@ from typing import Literal
 
 from wam.config_tree import require as _require
 
-TimeMode = Literal["synchronous", "asynchronous", "guided", "naive", "ahead"]
+TimeMode = Literal["synchronous", "asynchronous", "guided", "naive", "unaligned", "ahead"]
 
 
 @dataclass(frozen=True)

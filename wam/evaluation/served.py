@@ -29,7 +29,7 @@ from wam.inference.memory import PolicySpan, StepMemory
 from wam.inference.robot import Loop, Made, Robot, Way
 from wam.inference.session import Plan, Session
 
-TIMES = ("synchronous", "asynchronous", "naive")  # `guided` and `ahead` reach into the sampling and the memory
+TIMES = ("synchronous", "asynchronous", "naive", "unaligned")  # `guided` and `ahead` reach into the sampling and the memory
 NEEDED = ("embodiment", "cameras", "camera_size", "state_dim", "action_dim", "action_groups", "action_horizon", "block_actions", "control_hz", "frame_stride", "context_blocks", "modes")
 BUSY_S, TRIES = 0.1, 100  # a server that takes no more messages this second is asked again
 TIMEOUT_S = 60.0  # of a reply

@@ -273,10 +273,10 @@ class Executor:
         self._took.append(delay)
         if execution.time == "synchronous" and delay:
             robot.queue = robot.queue[:0]  # it stands still while it thinks
-        dry = not len(robot.queue)
-        origin = None if dry or execution.time == "synchronous" else robot.now + len(robot.queue) if execution.time == "ahead" else robot.now
+        overlaps = execution.time != "synchronous" and len(robot.queue) > 0
+        origin = None if not overlaps or execution.time == "unaligned" else robot.now + len(robot.queue) if execution.time == "ahead" else robot.now
         foreseen = None if imagined is None else Foreseen.of(robot.session, robot.memory, imagined, robot.now, self._imagines_as(way))
-        return Pending(plan, robot.now, robot.now + delay, robot.tally.held, origin, foreseen)
+        return Pending(plan, robot.now, robot.now + delay, robot.tally.held, origin, overlaps, foreseen)
 
     def expected_delay(self, robot: Robot) -> int:
         """Control steps that the next plan is expected to take: the largest of late."""
@@ -295,12 +295,12 @@ class Executor:
         assert pending.plan.actions is not None
         actions, ahead = pending.plan.actions[0], self.loop.execution.time == "ahead"
         origin = robot.now if pending.origin is None else max(pending.origin, robot.now) if ahead else pending.origin
-        robot.tally.late += pending.origin is not None and robot.tally.held > pending.held
+        robot.tally.late += pending.overlaps and robot.tally.held > pending.held
         kept = robot.queue if ahead else robot.queue[:0]
         fresh, promised = actions[max(0, robot.now - origin) :], None if ahead else robot.queue
         before = [*robot.sent, *kept[-MAX_HISTORY:]][-MAX_HISTORY:]
         passed = self._through_the_gate(robot, fresh, np.stack(before) if before else None, promised, (robot.now - pending.start) / self.gate.control_hz)
-        robot.next_plan = self._next(robot, pending, origin)
+        robot.next_plan = self._next(robot, pending.start if self.loop.execution.time == "unaligned" and pending.overlaps else origin)
         if passed is None:
             return
         if before and len(passed):
@@ -323,15 +323,15 @@ class Executor:
         robot.tally.gate.update(passed.interventions)
         return passed.actions
 
-    def _next(self, robot: Robot, pending: Pending, origin: int) -> int:
-        """When the plan after this one is to be asked for."""
+    def _next(self, robot: Robot, origin: int) -> int:
+        """When the plan after one that counts from `origin` is to be asked for."""
         execution = self.loop.execution
         if execution.time == "ahead":
             return origin
         if execution.time == "synchronous":
             return robot.now + self.loop.replan
         period = max(self.stride, min(self.loop.replan, self.horizon - self.expected_delay(robot)) // self.stride * self.stride)
-        return max(robot.now, (robot.now if pending.origin is None else origin) + period)
+        return max(robot.now, origin + period)
 
     # ------------------------------------------------------------------------------------------ predict and check
 
@@ -383,8 +383,10 @@ def check_times(policy: Policy, loop: Loop) -> None:
         raise ValueError(f"rollout.replan is {loop.replan}, but frames come every {t.stride} control steps and a plan of this checkpoint holds {t.actions_per_block}; use one of {allowed}")
     if execution.time == "ahead" and loop.replan != t.actions_per_block:
         raise ValueError(f"execution.time is 'ahead', which plans whole blocks of {t.actions_per_block} control steps, but replan is {loop.replan}; leave rollout.replan out")
-    if execution.time in ("asynchronous", "guided", "naive") and execution.delay >= t.actions_per_block:
+    if execution.time in ("asynchronous", "guided", "naive", "unaligned") and execution.delay >= t.actions_per_block:
         raise ValueError(f"execution.delay is {execution.delay}, and a plan holds {t.actions_per_block} control steps: it would be over before it comes; use less, or a checkpoint with longer blocks")
+    if execution.time == "unaligned" and loop.check.source != "none":
+        raise ValueError("execution.time is 'unaligned', whose plans are executed later than they were made for, so nothing comes as it was imagined; use asynchronous, or check.source=none")
     if execution.time == "ahead" and loop.check.source != "none":
         raise ValueError("execution.time is 'ahead', whose plans begin at a moment that was not seen when they were made, so check.source has nothing to compare with; use asynchronous, or check.source=none")
     if execution.time == "guided" and loop.planner.kind != "none":

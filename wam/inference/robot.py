@@ -90,6 +90,7 @@ class Pending:
     Attributes:
         origin: control step of its first action; None: when it is taken up.
         held: control steps that the robot had been without a decided action when it was asked for.
+        overlaps: the robot was to act until it is there.
         foreseen: what it imagines, where that is compared with what comes.
     """
 
@@ -98,6 +99,7 @@ class Pending:
     ready: int
     held: int
     origin: int | None
+    overlaps: bool
     foreseen: Foreseen | None
 
 
