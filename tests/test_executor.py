@@ -178,6 +178,8 @@ def test_times_that_do_not_fit_are_refused(policy: Policy) -> None:
         (ExecutionConfig(time="asynchronous", delay=8), 8, "delay is 8, and a plan holds 8"),
         (ExecutionConfig(time="ahead"), 4, "plans whole blocks of 8"),
         (ExecutionConfig(time="ahead"), 8, "check.source has nothing to compare with"),
+        (ExecutionConfig(time="unaligned"), 8, "nothing comes as it was imagined"),
+        (ExecutionConfig(time="unaligned", delay=8), 8, "it would be over before it comes"),
         (ExecutionConfig(time="guided"), 8, "a search has no velocities to guide"),
         (ExecutionConfig(), 3, r"rollout.replan is 3, but frames come every 2 .*use one of 2, 4, 6, 8"),
     ):
