@@ -27,7 +27,7 @@ from wam.codec.linear import EncoderStream as LinearStream
 from wam.config import SamplingConfig
 from wam.inference.session import BY_ROW, Plan, Session
 from wam.model.backbone import Context
-from wam.model.cache import KVCache, Prefix
+from wam.model.cache import KVCache, Prefix, Write
 from wam.model.conditions import Conditions
 from wam.model.rotary import Rotary
 
@@ -311,13 +311,17 @@ class JoinedCache(KVCache):
             p = self.parts[part]
             p.kinds_BS[own], p.blocks_BS[own], p.positions_BS4[own] = self.kinds_BS[row], self.blocks_BS[row], self.positions_BS4[row]
 
-    def write(self, layer: int, index_BT: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> None:
-        """Store unrotated keys and values of one layer in claimed slots, which lie side by side in each row."""
-        tokens = index_BT.shape[1]
-        for row, ((part, own), start) in enumerate(zip(self.rows, index_BT[:, 0].tolist(), strict=True)):
-            p = self.parts[part]
-            p.keys[layer][own, start : start + tokens] = k_BTHD[row].to(p.keys[layer].dtype)
-            p.values[layer][own, start : start + tokens] = v_BTHD[row].to(p.values[layer].dtype)
+    def writer(self, layer: int, index_BT: Tensor) -> Write:
+        """What stores unrotated keys and values of one layer in claimed slots, which lie side by side in each row."""
+        where = [(self.parts[part], own, slice(start, start + index_BT.shape[1])) for (part, own), start in zip(self.rows, index_BT[:, 0].tolist(), strict=True)]
+        keys, values = [p.keys[layer][own, slots] for p, own, slots in where], [p.values[layer][own, slots] for p, own, slots in where]
+
+        def write(k_BTHD: Tensor, v_BTHD: Tensor) -> None:
+            for mine, given in ((keys, k_BTHD), (values, v_BTHD)):
+                for row, x in zip(mine, given, strict=True):
+                    row.copy_(x)
+
+        return write
 
     def read(self, visible_BS: Tensor, own: int) -> Prefix:
         """Gather each row's visible slots, in their order; rows that see fewer than others are masked."""

@@ -197,6 +197,11 @@ class Context:
         image_kv = None if self.image_keys_values is None else tuple((k[rows], v[rows]) for k, v in self.image_keys_values)
         return Context(self.rows_B[rows], self.text_UTD, self.text_keys_values, image, image_kv, self.copies)
 
+    def of_layer(self, layer: int) -> Context:
+        """What one layer needs: of what was computed ahead, its own, so that no block has to know its number."""
+        text, image = self.text_keys_values, self.image_keys_values
+        return replace(self, text_keys_values=None if text is None else (text[layer],), image_keys_values=None if image is None else (image[layer],))
+
     def followed_by(self, more: Context) -> Context:
         """Each sample's text, and then the text of `more`; keys and values are joined where both have them, and not computed again."""
         texts = None if self.text_UTD is None or more.text_UTD is None else self._join(self.text_UTD, more.text_UTD, more.rows_B)
@@ -226,10 +231,14 @@ def image_keys_values(attn: WanAttention, image_BMD: Tensor) -> KeysValues:
     return _heads(attn.norm_added_k(attn.add_k_proj(image_BMD)).type_as(v), attn), _heads(v, attn)
 
 
-def cross_attention(attn: WanAttention, h_BLD: Tensor, context: Context, layer: int) -> Tensor:
-    """Queries over the instruction and, with a softmax of their own, over the image; summed, as in Wan's image-to-video form."""
+def cross_attention(attn: WanAttention, h_BLD: Tensor, context: Context) -> Tensor:
+    """Queries over the instruction and, with a softmax of their own, over the image; summed, as in Wan's image-to-video form.
+
+    Args:
+        context: of this layer.
+    """
     if context.text_keys_values is not None:
-        k, v = context.text_keys_values[layer]
+        ((k, v),) = context.text_keys_values
     else:
         assert context.text_UTD is not None
         k, v = text_keys_values(attn, context.text_UTD)
@@ -242,7 +251,7 @@ def cross_attention(attn: WanAttention, h_BLD: Tensor, context: Context, layer: 
         k, v = k.index_select(0, context.rows_B), v.index_select(0, context.rows_B)
     out = attention(q, k, v)
     if context.image_keys_values is not None:
-        out = out + attention(q, *context.image_keys_values[layer])
+        out = out + attention(q, *context.image_keys_values[0])
     elif context.image_BMD is not None:
         out = out + attention(q, *image_keys_values(attn, context.image_BMD))
     return attn.to_out[0](out.reshape(h_BLD.shape[0], h_BLD.shape[1], -1))
@@ -251,7 +260,7 @@ def cross_attention(attn: WanAttention, h_BLD: Tensor, context: Context, layer: 
 # ------------------------------------------------------------------------------------------------ blocks
 
 
-def block_forward(block: Any, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend, layer: int) -> Tensor:
+def block_forward(block: Any, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend) -> Tensor:
     """One transformer block: modulated self-attention, cross-attention, modulated feed-forward; (B, L, D) -> (B, L, D)."""
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.of(block.scale_shift_table)
     runs, attn = modulation.runs, block.attn1
@@ -261,7 +270,7 @@ def block_forward(block: Any, x_BLD: Tensor, modulation: Modulation, context: Co
     h = attend(*(_heads(y, attn) for y in (q.type_as(v), k.type_as(v), v))).flatten(2)
     x_BLD = add_gated(x_BLD, attn.to_out[0](h), gate1, runs)
 
-    x_BLD = x_BLD + cross_attention(block.attn2, block.norm2(x_BLD.float()).type_as(x_BLD), context, layer)
+    x_BLD = x_BLD + cross_attention(block.attn2, block.norm2(x_BLD.float()).type_as(x_BLD), context)
 
     h = modulate(block.norm3(x_BLD.float()), shift2, scale2, runs).type_as(x_BLD)
     return add_gated(x_BLD, block.ffn(h), gate2, runs)
@@ -270,9 +279,9 @@ def block_forward(block: Any, x_BLD: Tensor, modulation: Modulation, context: Co
 class Block(WanTransformerBlock):
     """A Wan block whose self-attention is passed in; parameters and their names are diffusers' own."""
 
-    def forward(self, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend, layer: int = 0) -> Tensor:
+    def forward(self, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        return block_forward(self, x_BLD, modulation, context, attend, layer)
+        return block_forward(self, x_BLD, modulation, context, attend)
 
 
 class Backbone(WanTransformer3DModel):
@@ -299,7 +308,7 @@ class Backbone(WanTransformer3DModel):
 
     def embed_video(self, latents_BCFHW: Tensor) -> Tensor:
         """Patch tokens (B, F * P, D), frame by frame."""
-        return self.patch_embedding(latents_BCFHW).flatten(2).transpose(1, 2)
+        return self.patch_embedding(latents_BCFHW).flatten(2).transpose(1, 2).contiguous()
 
     def embed_levels(self, levels: Levels) -> Modulation:
         """Embed noise levels."""
@@ -342,9 +351,9 @@ class Backbone(WanTransformer3DModel):
         """All blocks; `attends(layer)` says how that layer's queries meet keys."""
         for layer, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x_BLD = self._gradient_checkpointing_func(block, x_BLD, modulation, context, attends(layer), layer)
+                x_BLD = self._gradient_checkpointing_func(block, x_BLD, modulation, context.of_layer(layer), attends(layer))
             else:
-                x_BLD = block(x_BLD, modulation, context, attends(layer), layer)
+                x_BLD = block(x_BLD, modulation, context.of_layer(layer), attends(layer))
         return x_BLD
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ Registers (noisy video that is only looked at, never denoised) are written where
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 from wam.model.rotary import Rotary
 from wam.relations import Reach, RelationTable
 from wam.timeline import Clock, Kind, Segment
+
+Write = Callable[[Tensor, Tensor], None]  # keeps unrotated keys and values of one layer
 
 _EMPTY = -(10**9)
 _IN_REGION = (Kind.S, Kind.AC, Kind.VC)
@@ -104,12 +107,16 @@ class KVCache:
         self.positions_BS4[row, here] = segment.positions
         return torch.arange(first, first + segment.tokens)
 
-    def write(self, layer: int, index_BT: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> None:
-        """Store unrotated keys and values of one layer in claimed slots."""
-        rows = torch.arange(self.batch, device=k_BTHD.device).unsqueeze(1)
-        index = index_BT.to(k_BTHD.device)
-        self.keys[layer][rows, index] = k_BTHD.to(self.keys[layer].dtype)
-        self.values[layer][rows, index] = v_BTHD.to(self.values[layer].dtype)
+    def writer(self, layer: int, index_BT: Tensor) -> Write:
+        """What stores unrotated keys and values (B, T, H, Dh) of one layer in claimed slots; it holds that layer's tensors and no number of it."""
+        keys, values = self.keys[layer], self.values[layer]
+        rows, index = torch.arange(self.batch, device=keys.device).unsqueeze(1), index_BT.to(keys.device)
+
+        def write(k_BTHD: Tensor, v_BTHD: Tensor) -> None:
+            keys[rows, index] = k_BTHD.to(keys.dtype)
+            values[rows, index] = v_BTHD.to(values.dtype)
+
+        return write
 
     def drop(self, kind: Kind, block_B: list[int]) -> None:
         """Forget a kind of one block per row (a provisional, imagined one)."""

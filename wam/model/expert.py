@@ -59,9 +59,9 @@ class ExpertBlock(nn.Module):
         self.norm3 = FP32LayerNorm(width, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) * width**-0.5)
 
-    def forward(self, x_BLE: Tensor, modulation: Modulation, context: Context, attend: Attend, layer: int = 0) -> Tensor:
+    def forward(self, x_BLE: Tensor, modulation: Modulation, context: Context, attend: Attend) -> Tensor:
         """(B, L, E) -> (B, L, E)."""
-        return block_forward(self, x_BLE, modulation, context, attend, layer)
+        return block_forward(self, x_BLE, modulation, context, attend)
 
 
 class Expert(nn.Module):
@@ -86,7 +86,7 @@ class Expert(nn.Module):
     def run(self, x_BLE: Tensor, modulation: Modulation, context: Context, attends: Callable[[int], Attend]) -> Tensor:
         """All blocks on action tokens alone: what an action step against a cache needs."""
         for layer, block in enumerate(self.blocks):
-            x_BLE = block(x_BLE, modulation, context, attends(layer), layer)
+            x_BLE = block(x_BLE, modulation, context.of_layer(layer), attends(layer))
         return x_BLE
 
 
@@ -103,8 +103,8 @@ def run_both(
     def layer_of(layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         def forward(x_BLD: Tensor, x_BAE: Tensor) -> tuple[Tensor, Tensor]:
             return _meet(
-                lambda x, attend: backbone.blocks[layer](x, video_modulation, video_context, attend, layer),
-                lambda x, attend: expert.blocks[layer](x, action_modulation, action_context, attend, layer),
+                lambda x, attend: backbone.blocks[layer](x, video_modulation, video_context.of_layer(layer), attend),
+                lambda x, attend: expert.blocks[layer](x, action_modulation, action_context.of_layer(layer), attend),
                 x_BLD,
                 x_BAE,
                 attends(layer),

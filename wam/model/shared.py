@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wam.model.cache import KVCache, Prefix, room_for
+from wam.model.cache import KVCache, Prefix, Write, room_for
 from wam.model.rotary import Rotary
 from wam.relations import RelationTable
 from wam.timeline import Kind, Segment
@@ -75,8 +75,8 @@ class _Own:
 
     blocks: list[int]
     positions_RT4: Tensor
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor]
+    values: list[Tensor]
 
 
 class SharedCache(KVCache):
@@ -106,16 +106,22 @@ class SharedCache(KVCache):
 
     def place(self, segments: list[Segment]) -> Tensor:
         """Note what each candidate will hold; there are no slots to find."""
-        self.own[segments[0].kind] = _Own([s.block for s in segments], torch.stack([s.positions for s in segments]))
+        positions = torch.stack([s.positions for s in segments])
+        keys, values = ([x.new_empty(*positions.shape[:2], *x.shape[2:]) for x in side] for side in (self.base.keys, self.base.values))
+        self.own[segments[0].kind] = _Own([s.block for s in segments], positions, keys, values)
         self._placed = segments[0].kind
         return torch.zeros(0, dtype=torch.int64)
 
-    def write(self, layer: int, index_BT: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> None:
-        """Keep keys and values of one layer, of the kind that was placed last."""
+    def writer(self, layer: int, index_BT: Tensor) -> Write:
+        """What keeps keys and values of one layer, of the kind that was placed last."""
         own = self.own[self._placed]
-        assert layer == len(own.keys), "layers are written in order"
-        own.keys.append(k_BTHD)
-        own.values.append(v_BTHD)
+        keys, values = own.keys[layer], own.values[layer]
+
+        def write(k_RTHD: Tensor, v_RTHD: Tensor) -> None:
+            keys.copy_(k_RTHD)
+            values.copy_(v_RTHD)
+
+        return write
 
     def drop(self, kind: Kind, block_B: list[int]) -> None:
         """Forget what the candidates hold of a kind."""

@@ -462,10 +462,10 @@ class WorldActionModel(nn.Module):
         assert among, f"{kind.label} must see itself to be cached"
 
         def attends(layer: int) -> Attend:
-            before = prefix.of_layer(layer)
+            before, write = prefix.of_layer(layer), cache.writer(layer, index)
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                cache.write(layer, index, k, v)
+                write(k, v)
                 return attend_after(before, rotary.rotate(q), rotary.rotate(k), v, backend)
 
             return attend
