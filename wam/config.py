@@ -23,6 +23,7 @@ from wam.config_execution import ExecutionConfig
 from wam.config_model import CodecConfig, ImageConfig, LoraConfig, ModelConfig, RelationsConfig, SamplingConfig, TextConfig, TimelineConfig
 from wam.config_planner import PlannerConfig
 from wam.config_robot import EmbodimentConfig, GroupConfig
+from wam.config_runtime import RuntimeConfig
 from wam.config_time import seconds_to_steps
 from wam.config_training import HistoryLevelsConfig, LevelsConfig, NoiseConfig, TrainingConfig, VideoLevelsConfig
 from wam.config_tree import ConfigError, from_dict, names, overlay, read_yaml, show, to_dict
@@ -113,6 +114,7 @@ class RolloutConfig:
     agreement: bool = False  # compare what was imagined with what came, in every plan
     server: str | None = None  # ws://host:port of a policy server that makes the plans; default: this process, from a checkpoint
     key_file: str | None = None  # a file with that server's API key
+    runtime: RuntimeConfig = RuntimeConfig()
     execution: ExecutionConfig = ExecutionConfig()
     check: CheckConfig = CheckConfig()
     planner: PlannerConfig = PlannerConfig()
@@ -135,6 +137,7 @@ class ImagineConfig:
     steps: int | None = None  # solver steps a block; default: the checkpoint's (sampling.steps)
     seed: int = 0
     videos: int = 4  # clips that are saved as mp4
+    runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
         for name in ("clips", "blocks", "steps"):

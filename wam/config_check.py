@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from wam.config_runtime import RuntimeConfig
 from wam.config_tree import require as _require
 
 
@@ -38,6 +39,7 @@ class CalibrateConfig:
     forward_steps: tuple[int, ...] = (1, 2)  # solver steps of `forward`, each measured by itself
     batch: int = 16  # clips side by side
     seed: int = 0
+    runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
         for name in ("clips", "blocks", "steps", "batch"):

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 import wam
 from wam.codec.clip_image import ClipImage
-from wam.codec.codec import IMAGE_ENCODER, Codec, make_codec, make_image
+from wam.codec.codec import DTYPES, IMAGE_ENCODER, Codec, make_codec, make_image
 from wam.codec.linear import LinearCodec
 from wam.codec.wan import WanCodec
 from wam.config import Config, load_config, save_config
 from wam.config_robot import STATISTICS
+from wam.config_runtime import AS_STORED, RuntimeConfig
 from wam.files import write_json_atomic
+from wam.model.compiled import compile_blocks, is_compiled
 from wam.model.loading import local_folder, model_from_backbone
 from wam.model.lora import apply_lora, base_dtype, base_identity, base_name, has_lora, is_adapter, load_adapter, merge_lora, save_adapter, trainable
 from wam.model.wam import WorldActionModel
@@ -184,6 +186,43 @@ def from_pretrained(path_or_repo: str | Path, device: str = "cpu", dtype: torch.
     image = make_image(config, directory)
     model.to(device).eval().requires_grad_(False)
     return Policy(config, model, codec.to(device), normalizer, meta, None if image is None else image.to(device))
+
+
+def load_policy(path_or_repo: str | Path, runtime: RuntimeConfig = AS_STORED) -> Policy:
+    """A policy on the device, in the type and compiled as asked.
+
+    Raises:
+        FileNotFoundError, ValueError: as `from_pretrained`, or a device that this machine does not have.
+    """
+    dtype = None if runtime.dtype == "stored" else DTYPES[runtime.dtype]
+    policy = from_pretrained(path_or_repo, device_of(runtime.device), dtype)
+    if runtime.compile:
+        compile_blocks(policy.model)
+    return policy
+
+
+def device_of(name: str) -> str:
+    """A device's name as torch knows it; `auto` is a GPU where there is one.
+
+    Raises:
+        ValueError: no device's name, or one that is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"runtime.device is {name!r}, which is no device; use auto, cpu, cuda, or cuda:N for one of several") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"runtime.device is {name!r}, but torch {torch.__version__} finds {torch.cuda.device_count()} GPUs here; use cpu, or install a build for this machine's driver")
+    return name
+
+
+def runtime_of(policy: Policy) -> dict[str, Any]:
+    """How a policy computes, for results: its device's name, the type of its weights, whether its blocks are compiled."""
+    device = policy.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "dtype": str(policy.model.backbone.dtype).removeprefix("torch."), "compile": is_compiled(policy.model)}
 
 
 def _checkpoint(path_or_repo: str | Path) -> Path:

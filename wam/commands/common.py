@@ -83,6 +83,11 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="a checkpoint directory written by `wam train`")
 
 
+def runtime_flags(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The flags of `wam.config_runtime.add_runtime`, as settings of a section's `runtime`."""
+    return {f"{name}.runtime.{key}": getattr(args, key) for key in ("device", "dtype", "compile")}
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdigit() or int(text) < 1:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from wam.commands.common import Command, add_checkpoint, add_output, add_overrides, beside, flag_overrides, names, section
+from wam.commands.common import Command, add_checkpoint, add_output, add_overrides, beside, flag_overrides, names, runtime_flags, section
 from wam.config_check import CalibrateConfig, CheckConfig, TrialConfig
+from wam.config_runtime import add_runtime
 
 CALIBRATE = """\
 Measure how wrong a checkpoint's imagination usually is on held-out episodes. The closed loop's check compares what
@@ -26,11 +27,13 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="DIR", help="LeRobot dataset (default: the one the checkpoint was trained on)")
     parser.add_argument("--clips", metavar="N", type=int, help="held-out stretches (calibrate.clips)")
     parser.add_argument("--blocks", metavar="N", type=int, help="blocks of each (calibrate.blocks)")
+    add_runtime(parser)
     add_overrides(parser, "calibrate.key=value", "change a setting, e.g. calibrate.seed=1")
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    config = section(CalibrateConfig, "calibrate", [*args.overrides, *flag_overrides({"calibrate.clips": args.clips, "calibrate.blocks": args.blocks})])
+    flags = {"calibrate.clips": args.clips, "calibrate.blocks": args.blocks} | runtime_flags(args, "calibrate")
+    config = section(CalibrateConfig, "calibrate", [*args.overrides, *flag_overrides(flags)])
 
     from wam.evaluation.calibrate import calibrate, table
     from wam.inference.check import SURPRISE

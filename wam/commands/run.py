@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from wam.commands.common import Command, add_checkpoint, add_config, add_output, add_overrides, beside, flag_overrides, names, section
+from wam.commands.common import Command, add_checkpoint, add_config, add_output, add_overrides, beside, flag_overrides, names, runtime_flags, section
 from wam.config import ImagineConfig, RolloutConfig, load_config
 from wam.config_execution import TimeMode
+from wam.config_runtime import add_runtime
 
 TRAIN = """\
 Train one model on every mode of the config. If the output directory holds a training state, training goes on from
@@ -69,6 +70,7 @@ examples:
   wam evaluate --checkpoint DIR --disturb object_moved,arm_pushed rollout.check.source=forward     replan on surprise (needs wam calibrate)
   wam evaluate --checkpoint DIR rollout.planner.kind=best_of_n            several plans, imagined, and the best of them
   wam evaluate --checkpoint DIR rollout.record=data/driven                every episode into a LeRobot dataset
+  wam evaluate --checkpoint DIR --device cuda:1 --dtype bfloat16 --compile      how the policy computes (rollout.runtime)
   wam evaluate --checkpoint DIR --dry-run                                 print the first plan of each mode; nothing moves
   wam evaluate --server ws://127.0.0.1:8000 --mode skip                   plans from a policy server (wam serve); no checkpoint here
 
@@ -96,6 +98,7 @@ def _rollout_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", metavar="MS", type=float, help="milliseconds a plan may take (rollout.execution.budget_ms)")
     parser.add_argument("--disturb", metavar="A,B", type=names, help="what goes wrong on purpose (rollout.disturbances.kinds)")
     parser.add_argument("--dry-run", action="store_true", help="print the first plan of each mode, and move nothing")
+    add_runtime(parser)
     add_output(parser, "where results go (default: beside the checkpoint)")
     add_overrides(parser, "rollout.key=value", "change a setting, e.g. rollout.batch=10 rollout.videos=0")
 
@@ -134,7 +137,7 @@ def _rollout(args: argparse.Namespace) -> None:
         "rollout.server": args.server,
         "rollout.key_file": args.key_file,
     }
-    config = section(RolloutConfig, "rollout", [*args.overrides, *flag_overrides(flags)])
+    config = section(RolloutConfig, "rollout", [*args.overrides, *flag_overrides(flags | runtime_flags(args, "rollout"))])
     if (args.checkpoint is None) == (config.server is None):
         raise ValueError("plans come from a checkpoint or from a server; give one of --checkpoint DIR and --server ws://host:port")
     output = args.output or beside(args.checkpoint or Path("runs/served/checkpoint"), f"rollout-{config.env.rsplit('/', 1)[-1]}")
@@ -183,12 +186,13 @@ def _imagine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", metavar="N", type=int, help="clips (imagine.clips)")
     parser.add_argument("--blocks", metavar="N", type=int, help="blocks imagined one after another (imagine.blocks)")
     parser.add_argument("--steps", metavar="N", type=int, help="solver steps of a block (imagine.steps)")
+    add_runtime(parser)
     add_output(parser, "where results go (default: beside the checkpoint)")
     add_overrides(parser, "imagine.key=value", "change a setting, e.g. imagine.seed=1")
 
 
 def _imagine(args: argparse.Namespace) -> None:
-    flags = {"imagine.clips": args.clips, "imagine.blocks": args.blocks, "imagine.steps": args.steps}
+    flags = {"imagine.clips": args.clips, "imagine.blocks": args.blocks, "imagine.steps": args.steps} | runtime_flags(args, "imagine")
     config = section(ImagineConfig, "imagine", [*args.overrides, *flag_overrides(flags)])
     output = args.output or beside(args.checkpoint, "imagine")
 

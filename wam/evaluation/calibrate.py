@@ -28,7 +28,7 @@ from wam.evaluation.imagination import Clip, held_out_clips
 from wam.inference.check import SurpriseScale, imagines, measure, observed_floor, source_name
 from wam.inference.outcome import newest, outcome
 from wam.inference.session import Session
-from wam.pretrained import Policy, from_pretrained, weights_sha256
+from wam.pretrained import Policy, load_policy, weights_sha256
 from wam.relations import acting_modes, untrained_mode_warning
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def calibrate(checkpoint: Path, config: CalibrateConfig, dataset: str | None = N
     Raises:
         ValueError: no held-out episode is long enough, nothing moves in any, or the checkpoint imagines nothing.
     """
-    policy = from_pretrained(checkpoint)
+    policy = load_policy(checkpoint, config.runtime)
     clips = held_out_clips(policy.config, ImagineConfig(clips=config.clips, blocks=config.blocks, seed=config.seed), dataset)
     scale = measured(policy, clips, config, weights_sha256(checkpoint), dataset or policy.config.data.root)
     log.info("wrote %s", scale.save(checkpoint))

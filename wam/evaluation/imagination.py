@@ -31,7 +31,7 @@ from wam.evaluation.mean_motion import ABOUT, MeanMotion, mean_motion
 from wam.files import write_json_atomic
 from wam.inference.session import Session
 from wam.pictures import MASK, Lpips, beside, enlarge, has_windows, load_lpips, lpips_is_missing, moving_mask, psnr, ssim, strip, write_mp4, write_png
-from wam.pretrained import Policy, from_pretrained
+from wam.pretrained import Policy, load_policy
 
 log = logging.getLogger(__name__)
 MODES = ("forward", "imagine")
@@ -71,7 +71,7 @@ def imagine(checkpoint: Path, config: ImagineConfig, output: Path, dataset: str 
     Raises:
         ValueError: no held-out episode is long enough, or nothing moves in any of them.
     """
-    policy = from_pretrained(checkpoint)
+    policy = load_policy(checkpoint, config.runtime)
     t = policy.config.timeline
     clips = held_out_clips(policy.config, config, dataset)
     blocks = len(clips[0].executed) // t.actions_per_block

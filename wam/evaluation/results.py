@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import wam
 from wam.config import RolloutConfig, to_dict
@@ -28,7 +27,7 @@ from wam.evaluation.episodes import Episode
 from wam.evaluation.gl import choose_backend
 from wam.evaluation.seeds import TEST
 from wam.evaluation.statistics import wilson
-from wam.pretrained import Policy, weights_sha256
+from wam.pretrained import Policy, runtime_of, weights_sha256
 
 RESULTS = "rollout.json"
 FORMAT = "wam-rollout-1"
@@ -37,7 +36,7 @@ FORMAT = "wam-rollout-1"
 def identity(checkpoint: Path, policy: Policy, config: RolloutConfig, replan: int) -> dict[str, Any]:
     """What decides an episode's outcome; results that differ in any of it are never mixed."""
     policy_is = {"checkpoint_sha256": weights_sha256(checkpoint), "server": None, "sampling": to_dict(policy.config.sampling.with_steps(config.steps))}
-    return policy_is | {"control_hz": policy.control_hz} | episodes_identity(config, replan)
+    return policy_is | {"runtime": runtime_of(policy), "control_hz": policy.control_hz} | episodes_identity(config, replan)
 
 
 def episodes_identity(config: RolloutConfig, replan: int) -> dict[str, Any]:
@@ -52,7 +51,6 @@ def episodes_identity(config: RolloutConfig, replan: int) -> dict[str, Any]:
         "loop": {name: to_dict(getattr(config, name)) for name in ("execution", "check", "planner", "disturbances")} | {"gate": config.gate},
         "max_steps": config.max_steps,
         "seeds": {"first": config.seed, "last": last, "test": config.seed in TEST and last in TEST},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "gl_backend": choose_backend(),
         "versions": _versions(config.env),
     }

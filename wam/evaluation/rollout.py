@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from wam.config import CheckConfig, ExecutionConfig, RolloutConfig
@@ -45,7 +44,7 @@ from wam.inference.executor import check_times
 from wam.inference.gate import GateConfig, read_gate
 from wam.inference.robot import Loop
 from wam.inference.session import Plan, Session
-from wam.pretrained import Policy, from_pretrained
+from wam.pretrained import Policy, load_policy
 from wam.relations import MODES, untrained_mode_warning
 from wam.timeline import Kind
 
@@ -79,7 +78,7 @@ def rollout(checkpoint: Path | None, config: RolloutConfig, output: Path) -> dic
         return rollout_through_server(config, output)
     if checkpoint is None:
         raise ValueError("neither a checkpoint nor a server is given; name a checkpoint's directory, or rollout.server=ws://host:port")
-    policy = from_pretrained(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(checkpoint, config.runtime)
     check_settings(policy, config)
     path = Path(output) / RESULTS
     config, choice = within_budget(policy, config, path)
@@ -261,7 +260,7 @@ def dry_run(checkpoint: Path | None, config: RolloutConfig) -> str:
         return dry_run_through_server(config)
     if checkpoint is None:
         raise ValueError("neither a checkpoint nor a server is given; name a checkpoint's directory, or rollout.server=ws://host:port")
-    policy = from_pretrained(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(checkpoint, config.runtime)
     check_settings(policy, config)
     lines: list[str] = []
     config = replace(config, batch=1, execution=ExecutionConfig(), check=CheckConfig())

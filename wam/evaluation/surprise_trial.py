@@ -29,7 +29,7 @@ from wam.files import write_json_atomic
 from wam.inference.check import Checker, imagines, load_scale
 from wam.inference.outcome import newest, outcome
 from wam.inference.session import Session
-from wam.pretrained import Policy, from_pretrained
+from wam.pretrained import Policy, load_policy
 
 log = logging.getLogger(__name__)
 RESULTS, FIGURE = "surprise_trial.json", "surprise_trial.png"
@@ -44,7 +44,7 @@ def trial(checkpoint: Path, config: TrialConfig, check: CheckConfig, output: Pat
     Raises:
         ValueError, FileNotFoundError: an uncalibrated checkpoint, plans that imagine nothing to compare, or a disturbance that the environment cannot do.
     """
-    policy = from_pretrained(checkpoint)
+    policy = load_policy(checkpoint)
     checker = Checker(policy, check, load_scale(checkpoint))
     checker.require(config.mode, policy.config.sampling.steps)
     episodes = []

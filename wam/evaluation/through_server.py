@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from wam.config import CheckConfig, ExecutionConfig, PlannerConfig, RolloutConfig, SamplingConfig
+from wam.config_runtime import RuntimeConfig
 from wam.evaluation.episodes import Driver
 from wam.evaluation.results import RESULTS, episodes_identity, is_complete, now, open_results
 from wam.evaluation.rollout import Run, drive_mode, first_plan, kept_of
@@ -150,6 +151,7 @@ def check_settings(served: Served, config: RolloutConfig) -> None:
         ("rollout.agreement", config.agreement),
         ("rollout.record", config.record is not None),
         ("rollout.execution.budget_ms", config.execution.budget_ms is not None),
+        ("rollout.runtime", config.runtime != RuntimeConfig()),
     ]
     for name, asked in wanted:
         if asked:

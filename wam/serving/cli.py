@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wam.config_runtime import add_runtime, runtime_of_flags
+
 SERVE = """\
 Serve plans to robots over websockets. openpi's and RoboArena's clients connect unchanged; packages/wam-client is
 this project's own. Every robot has a memory of its own, robots that wait at the same time share a forward pass,
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wam serve`."""
     parser.add_argument("folder", metavar="CHECKPOINT", nargs="?", help="policy folder that `wam train` or `wam convert` wrote, or a Hub id")
     parser.add_argument("--checkpoint", metavar="CHECKPOINT", help="the same, as other commands take it")
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    add_runtime(parser)
     parser.add_argument("--mode", metavar="NAME", help="how actions are had, where a request does not say (default: the acting mode trained most)")
     parser.add_argument("--steps", metavar="N", type=int, help="solver steps of a plan, where a request does not say (default: the checkpoint's)")
     parser.add_argument("--embodiment", metavar="NAME", help="the robot that is served (default: the checkpoint's)")
@@ -160,17 +162,15 @@ def _pairs(names: Sequence[str]) -> dict[str, str]:
 
 def _load(args: argparse.Namespace, names: dict[str, str]) -> Any:
     """The checkpoint, and what it takes and gives."""
-    import torch
-
     from wam.inference.check import SURPRISE, load_scale
     from wam.inference.saved import fingerprint
-    from wam.pretrained import from_pretrained
+    from wam.pretrained import load_policy
     from wam.serving.contract import SPACES, Contract
     from wam.serving.reload import Loaded
 
     if args.action_space not in SPACES:
         raise ValueError(f"--action-space is {args.action_space!r}; expected one of {', '.join(SPACES)}")
-    policy = from_pretrained(args.checkpoint, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = load_policy(args.checkpoint, runtime_of_flags(args))
     about = {"checkpoint": fingerprint(policy)[:12], "checkpoint_step": policy.meta.get("step"), "preset": policy.config.preset}
     contract = Contract.of(policy, args.embodiment, names, args.action_space, {key: value for key, value in about.items() if isinstance(value, (int, str))})
     folder = Path(args.checkpoint)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from wam.config_runtime import add_runtime, runtime_of_flags
+
 REPLAY = """\
 Plan again, with another checkpoint, what `wam serve --record` kept: the memory is told what the robot saw and did, and
 every recorded plan is made anew. It is compared with the plan of then, and step by step with what was executed; the gate
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wam replay`."""
     parser.add_argument("recording", metavar="RECORDING", type=Path, help="a directory that `wam serve --record` wrote")
     parser.add_argument("--checkpoint", metavar="DIR|ID", required=True, help="policy folder that `wam train` or `wam convert` wrote, or a Hub id")
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    add_runtime(parser)
     parser.add_argument("--embodiment", metavar="NAME", help="the robot (default: the checkpoint's)")
     parser.add_argument("--mode", metavar="NAME", help="how actions are had (default: as recorded)")
     parser.add_argument("--steps", metavar="N", type=int, help="solver steps (default: as recorded)")
@@ -43,15 +45,13 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.episodes is not None and args.episodes < 1:
         raise ValueError(f"--episodes is {args.episodes}; expected at least 1")
-    import torch
-
     from wam.files import write_json_atomic
     from wam.inference.gate import Gate, GateConfig, read_gate
-    from wam.pretrained import from_pretrained
+    from wam.pretrained import load_policy
     from wam.serving.contract import Contract
     from wam.serving.replay import draw, numbers, replay, table
 
-    policy = from_pretrained(args.checkpoint, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = load_policy(args.checkpoint, runtime_of_flags(args))
     contract = Contract.of(policy, args.embodiment)
     groups = [(g.name, g.size) for g in contract.robot.action_groups]
     config = GateConfig() if args.gate is None else read_gate(args.gate, groups, contract.robot.raw_action_dim)

@@ -116,12 +116,6 @@ def adapted_identity(model: WorldActionModel) -> str | None:
     return base_identity(model, trained)
 
 
-def compile_blocks(model: WorldActionModel) -> None:
-    """Compile every repeated block when it is first called: one block is compiled and its code serves all, for every layout of tokens there is."""
-    for block in [*model.backbone.blocks, *(model.expert.blocks if model.expert is not None else ())]:
-        block.compile()
-
-
 def computes_in_bf16(config: Config, device: torch.device) -> bool:
     """bf16 matrix products where the machine has them (`auto`), or as asked."""
     if config.training.precision != "auto":

@@ -32,9 +32,10 @@ from wam.codec.codec import make_image
 from wam.config import Config, save_config
 from wam.data.mixture import TrainingData, training_data
 from wam.data.sampler import make_loader
+from wam.model.compiled import compile_blocks
 from wam.pretrained import Policy, save_pretrained
 from wam.relations import Relations, best_figure
-from wam.training.build import adapted_identity, build_model, codec_for, compile_blocks, computes_in_bf16, text_for
+from wam.training.build import adapted_identity, build_model, codec_for, computes_in_bf16, text_for
 from wam.training.checkpoints import Checkpoints
 from wam.training.curves import draw_at_end
 from wam.training.draws import Draws

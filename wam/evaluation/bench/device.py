@@ -23,6 +23,7 @@ from wam.evaluation.bench.compare import Bench, TrainingStep, sampling_call
 from wam.evaluation.bench.rows import Stage
 from wam.evaluation.bench.subject import Inputs, Memory, build_model, remember
 from wam.evaluation.bench.timing import Call, Times, measure
+from wam.model.compiled import compile_blocks, uncompile_blocks
 from wam.model.flops import Work, forward_flops, seen_pairs, step_work, window_work
 from wam.model.lora import apply_lora
 from wam.model.wam import WorldActionModel
@@ -165,19 +166,12 @@ def _captured(call: Call) -> Call:
 
 @contextlib.contextmanager
 def _compiled(model: WorldActionModel) -> Iterator[None]:
-    """Blocks compiled one by one, each in one piece where it can be."""
-    blocks = [*model.backbone.blocks, *(model.expert.blocks if model.expert is not None else [])]
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
-    for block in blocks:
-        block.compile()
+    """Blocks compiled, each in one piece where it can be."""
+    compile_blocks(model)
     try:
         yield
     finally:
-        for block in blocks:
-            block._compiled_call_impl = None
-        torch._dynamo.config.recompile_limit = limit
-        torch._dynamo.reset()
+        uncompile_blocks(model)
 
 
 # ------------------------------------------------------------------------------------------------ training

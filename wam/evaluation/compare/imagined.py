@@ -18,7 +18,7 @@ from wam.evaluation.imagination import Clip, held_out_clips, score
 from wam.evaluation.imagination import rollout as imagine_clips
 from wam.files import write_json_atomic
 from wam.pictures import MASK, strip, write_png
-from wam.pretrained import from_pretrained
+from wam.pretrained import load_policy
 from wam.relations import trained_modes
 
 FOLDER, RESULTS = "imagine", "imagine.json"
@@ -35,7 +35,7 @@ def imagine_rows(plan: Plan, output: Path) -> None:
         own = {name: mode for name, (of, mode) in wanted.items() if of == variant.name}
         if not own:
             continue
-        policy = from_pretrained(checkpoint_of(variant, output))
+        policy = load_policy(checkpoint_of(variant, output))
         clips = held_out_clips(policy.config, plan.config.imagine, plan.config.data.root)
         for name, mode in own.items():
             videos = imagine_clips(policy, clips, mode, plan.config.imagine)
