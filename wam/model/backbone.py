@@ -28,6 +28,18 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # unrotated q, k, v, each (
 KeysValues = tuple[Tensor, Tensor]
 
 
+class Uncompiled:
+    """An `Attend` that is left out of compiled blocks: what a cache holds, of how many rows, and where it is written must not become part of their code."""
+
+    def __init__(self, attend: Attend):
+        self.attend = attend
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `attend`."""
+        return self.attend(q, k, v)
+
+
 # ------------------------------------------------------------------------------------------------ noise levels
 
 
@@ -267,8 +279,8 @@ def block_forward(block: Any, x_BLD: Tensor, modulation: Modulation, context: Co
 
     h = modulate(block.norm1(x_BLD.float()), shift1, scale1, runs).type_as(x_BLD)
     q, k, v = attn.norm_q(attn.to_q(h)), attn.norm_k(attn.to_k(h)), attn.to_v(h)
-    h = attend(*(_heads(y, attn) for y in (q.type_as(v), k.type_as(v), v))).flatten(2)
-    x_BLD = add_gated(x_BLD, attn.to_out[0](h), gate1, runs)
+    h = attend(_heads(q.type_as(v), attn), _heads(k.type_as(v), attn), _heads(v, attn))
+    x_BLD = add_gated(x_BLD, attn.to_out[0](h.flatten(2)), gate1, runs)
 
     x_BLD = x_BLD + cross_attention(block.attn2, block.norm2(x_BLD.float()).type_as(x_BLD), context)
 
@@ -279,9 +291,7 @@ def block_forward(block: Any, x_BLD: Tensor, modulation: Modulation, context: Co
 class Block(WanTransformerBlock):
     """A Wan block whose self-attention is passed in; parameters and their names are diffusers' own."""
 
-    def forward(self, x_BLD: Tensor, modulation: Modulation, context: Context, attend: Attend) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return block_forward(self, x_BLD, modulation, context, attend)
+    forward = block_forward
 
 
 class Backbone(WanTransformer3DModel):

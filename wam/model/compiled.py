@@ -1,10 +1,14 @@
 """torch.compile for the blocks that repeat, from outside of the model.
 
 Every block is compiled when it is first called.  A block is given its own layer's tensors and no number, so the code that is made for
-the first serves them all: what is compiled anew is a new layout of tokens, not a new layer.
+the first serves them all: what is compiled anew is a new layout of tokens, not a new layer.  At inference a block is compiled in two
+pieces, before and after the attention, which is called as it is (`Uncompiled`): it depends on what memories hold, and on how many robots
+share a pass.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import nn
@@ -19,11 +23,12 @@ def repeated_blocks(model: WorldActionModel) -> list[nn.Module]:
     return [*model.backbone.blocks, *(model.expert.blocks if model.expert is not None else ())]
 
 
-def compile_blocks(model: WorldActionModel) -> None:
-    """Compile every repeated block when it is first called."""
+def compile_blocks(model: WorldActionModel, backend: str = "inductor") -> None:
+    """Compile every repeated block when it is first called, by one of torch.compile's backends."""
     torch._dynamo.config.recompile_limit = max(LAYOUTS, torch._dynamo.config.recompile_limit)
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # of pure functions: they are traced as they are
     for block in repeated_blocks(model):
-        block.compile()
+        block.compile(backend=backend)
 
 
 def is_compiled(model: WorldActionModel) -> bool:

@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wam.model.backbone import Attend, Backbone, Context, Levels, Modulation, block_forward, embed_levels, text_keys_values
+from wam.model.backbone import Attend, Backbone, Context, Levels, Modulation, Uncompiled, block_forward, embed_levels, text_keys_values
 
 
 class TimeEmbedder(nn.Module):
@@ -59,9 +59,7 @@ class ExpertBlock(nn.Module):
         self.norm3 = FP32LayerNorm(width, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) * width**-0.5)
 
-    def forward(self, x_BLE: Tensor, modulation: Modulation, context: Context, attend: Attend) -> Tensor:
-        """(B, L, E) -> (B, L, E)."""
-        return block_forward(self, x_BLE, modulation, context, attend)
+    forward = block_forward
 
 
 class Expert(nn.Module):
@@ -123,6 +121,7 @@ def run_both(
 
 def _meet(video: Callable[..., Any], action: Callable[..., Any], x_BLD: Tensor, x_BAE: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
     """Call one block inside the attention of the other, so that each stays a whole module call (sharding and hooks act on those)."""
+    apart = type(attend) if isinstance(attend, Uncompiled) else _as_it_is  # then neither block is compiled into the other
     videos: list[Tensor] = []
     actions: list[Tensor] = []
 
@@ -132,8 +131,12 @@ def _meet(video: Callable[..., Any], action: Callable[..., Any], x_BLD: Tensor, 
             actions.append(out[:, q_v.shape[1] :])
             return out[:, : q_v.shape[1]]
 
-        videos.append(video(x_BLD, of_video))
+        videos.append(video(x_BLD, apart(of_video)))
         return actions[0]
 
-    x_BAE = action(x_BAE, of_actions)
+    x_BAE = action(x_BAE, apart(of_actions))
     return videos[0], x_BAE
+
+
+def _as_it_is(attend: Attend) -> Attend:
+    return attend

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wam.model.attention import Backend, attention
-from wam.model.backbone import Attend
+from wam.model.backbone import Attend, Uncompiled
 from wam.model.cache import KVCache, Prefix
 from wam.model.rotary import Rotary
 from wam.model.shared import attend_shared
@@ -45,7 +45,7 @@ class View:
     backend: Backend
 
     def attends(self, layer: int) -> Attend:
-        """How queries meet keys in a layer; what is returned holds that layer's tensors and no number of it, so that one compiled block serves all layers."""
+        """How queries meet keys in a layer."""
         rotary, backend, groups = self.rotary, self.backend, [(g, g.prefix.of_layer(layer)) for g in self.groups]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class View:
             out = [_attend(prefix, q[:, group.queries], k[:, group.keys], v[:, group.keys], backend) for group, prefix in groups]
             return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
-        return attend
+        return Uncompiled(attend)
 
 
 def _attend(prefix: Prefix, q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:

@@ -30,7 +30,7 @@ from wam.config import Config
 from wam.flow import TIMESTEPS, velocity_from_sample
 from wam.model.actions import ActionDecoder, ActionEncoder, StateEncoder, channel_masks
 from wam.model.attention import Mask, attention
-from wam.model.backbone import Attend, Backbone, Context, ExactTimesteps, Levels, Modulation, initialise
+from wam.model.backbone import Attend, Backbone, Context, ExactTimesteps, Levels, Modulation, Uncompiled, initialise
 from wam.model.cache import KVCache
 from wam.model.conditions import Conditions
 from wam.model.expert import Expert, TimeEmbedder, run_both
@@ -468,7 +468,7 @@ class WorldActionModel(nn.Module):
                 write(k, v)
                 return attend_after(before, rotary.rotate(q), rotary.rotate(k), v, backend)
 
-            return attend
+            return Uncompiled(attend)
 
         return self.run(stream, None, attends) if kind in VIDEO_KINDS else self.run(None, stream, attends)
 

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from wam.inference.batch import Call, Think, run
+from wam.inference.batch import Call, Commit, Observe, Think, run
 from wam.inference.check import SurpriseScale, imagines
 from wam.inference.gate import Gate
 from wam.inference.session import Plan, Session
+from wam.model.compiled import is_compiled
 from wam.model.conditions import Conditions
 from wam.pretrained import Policy
 from wam.serving.contract import Contract
@@ -174,16 +175,22 @@ class Worker:
         return self._waiting
 
     def warm_up(self, policy: Policy, contract: Contract) -> None:
-        """Plan once for one robot, and once for a batch: kernels are chosen, buffers allocated, code compiled."""
+        """Plan once for one robot, and once for a batch: kernels are chosen, buffers allocated, code compiled.
+
+        Compiled blocks are driven until a memory is full, also for three robots, whose code serves more: that is compiled here, and not while a robot waits.
+        """
         t, size = policy.config.timeline, policy.config.codec.image_size
         state = np.zeros((1, contract.robot.raw_state_dim), np.float32)
         think = Think(self.options.mode, policy.config.sampling.with_steps(self.options.steps))
-        for robots in sorted({1, min(2, self.options.max_batch)}):
+        compiled = is_compiled(policy.model)
+        for robots in sorted({min(n, self.options.max_batch) for n in ((1, 2, 3) if compiled else (1, 2))}):
             sessions = [Session(policy, ["warm up"], contract.robot.name, [self.options.seed]) for _ in range(robots)]
-            for session in sessions:
-                session.observe(np.zeros((1, 1, *size, 3), np.uint8), state)
-            plans = run(sessions, [[think]] * robots)
-            assert all(plan is not None and plan.actions is not None and plan.actions.shape[1] <= t.actions_per_block for plan in plans)
+            seen: list[Call] = []
+            for _ in range(t.history + 2 if compiled else 1):
+                seen.append(Observe(np.zeros((1, sessions[0].frames_due, *size, 3), np.uint8), state))
+                plans = run(sessions, [[*seen, think]] * robots)
+                seen = [Commit(np.zeros((1, t.actions_per_block, contract.robot.raw_action_dim), np.float32))]
+                assert all(plan is not None and plan.actions is not None and plan.actions.shape[1] <= t.actions_per_block for plan in plans)
 
     # ------------------------------------------------------------------------------------------ the thread
 
