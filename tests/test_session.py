@@ -17,6 +17,7 @@ from wam.config import Config, SamplingConfig
 from wam.inference.session import Plan, Session
 from wam.pretrained import Policy
 from wam.relations import LeakError
+from wam.solvers import SimilarReuse
 
 GUIDED = ("sampling.guidance=2.5", "training.text_dropout=0.1")
 CONCAT = ("model.first_frame=concat", f"model.image_dim={IMAGE_DIM}", "timeline.blocks=2")
@@ -97,6 +98,24 @@ def test_rows_of_a_batch_and_interleaved_sessions_get_what_each_would_get_alone(
                 np.testing.assert_allclose(mine[0], theirs[row], rtol=1e-3, atol=1e-4)
         for mine, theirs in zip(_parts(_step(alone, [1], block, mode)), _parts(own[1]), strict=True):
             assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("mode", ["joint", "skip"])
+def test_rows_that_skip_steps_by_their_own_similarity_get_what_each_would_get_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(tiny_preset("all", None, "sampling.reuse=similarity", "sampling.steps=12"))
+    asked: list[tuple[bool, ...]] = []
+    due = SimilarReuse.due
+    monkeypatch.setattr(SimilarReuse, "due", lambda self, i: asked.append(due(self, i)) or asked[-1])
+    monkeypatch.setattr(SimilarReuse, "RULES", ((0.9, 3),))
+    together = _new(policy, [0, 1, 2])
+    _observe(together, [0, 1, 2], 0)
+    plan = together.plan(mode)
+    assert len(set(zip(*asked, strict=True))) > 1, "rows skip different steps"
+    for row in range(3):
+        alone = _new(policy, [row])
+        _observe(alone, [row], 0)
+        for mine, theirs in zip(_parts(alone.plan(mode)), _parts(plan), strict=True):
+            np.testing.assert_allclose(mine[0], theirs[row], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

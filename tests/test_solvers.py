@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wam.flow import Grid, euler_grid, unipc_grid
-from wam.solvers import Reuse, Solver, SolverName, evaluated_steps, make_grid, make_reuse, make_solver
+from wam.solvers import Reuse, Solver, SolverName, choose_rows, evaluated_steps, make_grid, make_reuse, make_solver
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "schedules.json").read_text())["dreamzero"]
 MEAN, SPREAD = 0.7, 0.3  # data of the Gaussian field
@@ -128,7 +128,7 @@ def test_other_numbers_of_evaluations_begin_with_two_and_reach_the_last_step() -
 def pattern(reuse: Reuse, velocities: Callable[[int], Tensor], steps: int = 16) -> str:
     marks, seen = "", 0
     for i in range(steps):
-        if reuse.evaluate(i):
+        if reuse.due(i)[0]:
             reuse.record(velocities(seen))
             seen += 1
             marks += "x"
@@ -164,13 +164,39 @@ def test_the_last_two_velocities_are_compared() -> None:
     assert pattern(make_reuse("similarity", 16, 8), lambda n: velocities(n).unsqueeze(0)) == "xx....xxxxxxxxxx"
 
 
+def test_each_row_skips_by_itself() -> None:
+    """Rows that turn by 0.96, 0.94 and 0.92 side by side: each is evaluated at the steps, and has the velocities, that it has alone."""
+    cosines = (0.96, 0.94, 0.92)
+
+    def driven(rows: Sequence[float]) -> tuple[list[str], list[list[Tensor]]]:
+        reuse, seen, marks, used = make_reuse("similarity", 16, 8, len(rows)), [0] * len(rows), [""] * len(rows), []
+        held = torch.zeros(len(rows), 2, 1)
+        for i in range(16):
+            due = reuse.due(i)
+            if any(due):
+                held = choose_rows(due, torch.cat([turning(c)(n) for c, n in zip(rows, seen, strict=True)]), held)
+                seen = [n + d for n, d in zip(seen, due, strict=True)]
+                reuse.record(held)
+            marks = [m + ("x" if d else ".") for m, d in zip(marks, due, strict=True)]
+            used.append(list(held))
+        return marks, used
+
+    together, used = driven(cosines)
+    assert len(set(together)) == 3
+    for row, cosine in enumerate(cosines):
+        (alone,), mine = driven([cosine])
+        assert alone == together[row]
+        for one, both in zip(mine, used, strict=True):
+            torch.testing.assert_close(one[0], both[row], rtol=0, atol=0)
+
+
 def test_solvers_go_on_with_velocities_used_again() -> None:
     def ending(reuse: Reuse) -> Tensor:
         grid = unipc_grid(16, 5.0)
         solver, z = make_solver("unipc", grid), torch.linspace(-2, 2, 9, dtype=torch.float64)
         x, velocity = gaussian_path(z, float(grid.sigmas[0])), torch.empty(0)
         for i, sigma in enumerate(grid.sigmas[:-1].tolist()):
-            if reuse.evaluate(i):
+            if reuse.due(i)[0]:
                 velocity = gaussian_velocity(x, sigma)
             x = solver.step(velocity, i, x)
         return x - gaussian_path(z, 0.0)

@@ -2,8 +2,8 @@
 
     x  = pure noise
     for i in range(grid.steps):
-        if reuse.evaluate(i):
-            v = network(x, grid.timesteps[i]);  reuse.record(v)
+        if any(due := reuse.due(i)):                           rows of the batch, each by itself
+            v = network(x, grid.timesteps[i]) in rows that are due, v in the others;  reuse.record(v)
         x = solver.step(v, i, x)                                from grid.sigmas[i] to grid.sigmas[i + 1]
 
 A solver object serves one trajectory of one kind of token: it holds the few tensors that a multistep method looks back on, and nothing
@@ -16,6 +16,7 @@ tests hold both against each other.)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -157,14 +158,14 @@ def make_solver(name: SolverName, grid: Grid) -> Solver:
 
 
 class Reuse(Protocol):
-    """Decides, step by step, whether the network is evaluated or the last velocity serves again (DreamZero's "DiT cache")."""
+    """Decides, step by step and row by row, whether the network is evaluated or the last velocity serves again (DreamZero's "DiT cache")."""
 
-    def evaluate(self, i: int) -> bool:
-        """Is the network evaluated at step i?  Asked once per step, in order."""
+    def due(self, i: int) -> tuple[bool, ...]:
+        """Rows for which the network is evaluated at step i.  Asked once per step, in order."""
         ...
 
     def record(self, velocity: Tensor) -> None:
-        """The (guided) video velocity of an evaluation."""
+        """The (guided) video velocities (B, ...) after an evaluation: new in the rows that were due, as they were in the others."""
         ...
 
 
@@ -197,12 +198,12 @@ def evaluated_steps(steps: int, evaluations: int) -> tuple[int, ...]:
 class FixedReuse:
     """A fixed set of evaluated steps."""
 
-    def __init__(self, steps: tuple[int, ...]):
-        self.steps = frozenset(steps)
+    def __init__(self, steps: tuple[int, ...], rows: int):
+        self.steps, self.rows = frozenset(steps), rows
 
-    def evaluate(self, i: int) -> bool:
+    def due(self, i: int) -> tuple[bool, ...]:
         """See `Reuse`."""
-        return i in self.steps
+        return (i in self.steps,) * self.rows
 
     def record(self, velocity: Tensor) -> None:
         """Nothing depends on it."""
@@ -211,34 +212,46 @@ class FixedReuse:
 class SimilarReuse:
     """Skips steps while the velocity hardly turns: 4 where the last two are alike (cosine above 0.95), 2 above 0.93 (DreamZero).
 
-    After skipping, the network is evaluated once before they are compared again.  Each comparison reads one number off the device.
+    After skipping, the network is evaluated once before they are compared again.  Every row has its own two velocities and its own skips, so
+    it gets what it would get alone; a pass is saved where all skip.  A comparison reads one number a row off the device.
     """
 
     RULES = ((0.95, 4), (0.93, 2))
 
-    def __init__(self) -> None:
-        self.last: list[Tensor] = []  # the last two velocities
-        self.countdown = 0  # to the evaluation that ends a skip
+    def __init__(self, rows: int) -> None:
+        self.before: Tensor | None = None  # the last two velocities of each row
+        self.now: Tensor | None = None
+        self.countdown = [0] * rows  # to the evaluation that ends a skip
 
-    def evaluate(self, i: int) -> bool:
+    def due(self, i: int) -> tuple[bool, ...]:
         """See `Reuse`."""
-        if len(self.last) < 2:
-            return True
-        self.countdown = self.countdown - 1 if self.countdown else self._length()
-        return self.countdown == 0
+        if self.before is not None:
+            lengths = [0] * len(self.countdown) if all(self.countdown) else self._lengths()
+            self.countdown = [left - 1 if left else length for left, length in zip(self.countdown, lengths, strict=True)]
+        return tuple(left == 0 for left in self.countdown)
 
     def record(self, velocity: Tensor) -> None:
         """See `Reuse`."""
-        self.last = [*self.last, velocity][-2:]
+        if self.before is None or self.now is None:
+            self.before, self.now = self.now, velocity
+        else:
+            self.before, self.now = choose_rows([left == 0 for left in self.countdown], self.now, self.before), velocity
 
-    def _length(self) -> int:
-        before, now = (v.flatten(1).float() for v in self.last)
-        similarity = float(torch.nn.functional.cosine_similarity(now, before, dim=1).mean())
-        return next((steps for threshold, steps in self.RULES if similarity > threshold), 0)
+    def _lengths(self) -> list[int]:
+        assert self.now is not None and self.before is not None
+        alike = torch.nn.functional.cosine_similarity(self.now.flatten(1).float(), self.before.flatten(1).float(), dim=1)
+        return [next((steps for threshold, steps in self.RULES if similarity > threshold), 0) for similarity in alike.tolist()]
 
 
-def make_reuse(name: Literal["none", "mask", "similarity"], steps: int, evaluations: int) -> Reuse:
-    """The rule called `name`, for one trajectory of `steps` steps."""
+def choose_rows(due: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
+    """(B, ...): `new` in the rows that are due, `old` in the others."""
+    if all(due):
+        return new
+    return torch.where(torch.tensor(due, device=new.device).view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def make_reuse(name: Literal["none", "mask", "similarity"], steps: int, evaluations: int, rows: int = 1) -> Reuse:
+    """The rule called `name`, for one trajectory of `steps` steps of each of `rows` rows."""
     if name == "similarity":
-        return SimilarReuse()
-    return FixedReuse(evaluated_steps(steps, evaluations if name == "mask" else steps))
+        return SimilarReuse(rows)
+    return FixedReuse(evaluated_steps(steps, evaluations if name == "mask" else steps), rows)

@@ -15,7 +15,7 @@ given at level 0 among tokens that are denoised: a committed prefix of the actio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from wam.model.conditions import Conditions
 from wam.model.view import View
 from wam.model.wam import Ahead, Noisy, WorldActionModel
 from wam.relations import Mode
-from wam.solvers import Solver, make_grid, make_reuse, make_solver
+from wam.solvers import Solver, choose_rows, make_grid, make_reuse, make_solver
 from wam.timeline import Kind
 
 
@@ -238,19 +238,24 @@ def _denoise(
         at = conditional(at)  # actions that nothing guides need one side
     tracks = {kind: _track(model, mode, at, noise, how, kind, given, stop) for kind in live}
     steps = how.steps if video_moves or how.action_steps is None else how.action_steps
-    view, reuse = model.view(at.cache, mode.table, live, at.blocks), make_reuse(how.reuse, steps, how.evaluations)
+    view, reuse = model.view(at.cache, mode.table, live, at.blocks), make_reuse(how.reuse, steps, how.evaluations, at.rows)
     ahead = model.embed_ahead([_noisy(model, at, tracks, _places(tracks), i) for i in range(steps)])
     velocities: _Pair = (None, None)
     for i in range(steps):
-        if reuse.evaluate(i):
+        if any(due := reuse.due(i)):
             evaluate = _velocities if at.pull is None or Kind.A not in tracks else _pulled
-            velocities = evaluate(model, view, at, how, tracks, i, ahead[i])
+            found = evaluate(model, view, at, how, tracks, i, ahead[i])
+            velocities = _chosen(due, found[0], velocities[0]), _chosen(due, found[1], velocities[1])
             reuse.record(next(v for v in velocities if v is not None))
         for kind, velocity in zip((Kind.V, Kind.A), velocities, strict=True):
             if kind in tracks and velocity is not None:
                 tracks[kind].step(velocity, i)
         watch(Step(i, _sampled(tracks, mode), *velocities))
     return _sampled(tracks, mode)
+
+
+def _chosen(due: Sequence[bool], new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    return new if new is None or old is None else choose_rows(due, new, old)
 
 
 def _sampled(tracks: dict[Kind, _Track], mode: Mode) -> Sample:
