@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; rooms of one level may use each other without cycles, unless they are listed in APART.
 LEVELS = (
-    ("wam.files", "wam.figures", "wam.pictures", "wam.shards", "wam.cells", "wam.config", "wam.config_check", "wam.config_data", "wam.config_disturbances", "wam.config_execution", "wam.config_model", "wam.config_planner", "wam.config_robot", "wam.config_time", "wam.config_training", "wam.config_tree", "wam.presets", "wam.robots", "wam.flow", "wam.solvers", "wam.relations", "wam.relations_text", "wam.timeline"),
+    ("wam.files", "wam.figures", "wam.pictures", "wam.shards", "wam.cells", "wam.config", "wam.config_check", "wam.config_data", "wam.config_disturbances", "wam.config_execution", "wam.config_model", "wam.config_planner", "wam.config_robot", "wam.config_runtime", "wam.config_time", "wam.config_training", "wam.config_tree", "wam.presets", "wam.robots", "wam.flow", "wam.solvers", "wam.relations", "wam.relations_text", "wam.timeline"),
     ("wam.codec", "wam.text", "wam.model"),
     ("wam.pretrained",),
     ("wam.data", "wam.convert"),
