@@ -23,6 +23,7 @@ examples:
   wam serve runs/demo/train/checkpoint
   wam serve runs/droid --port 8000 --gate limits.yaml --mode skip --steps 4
   wam serve runs/droid --host 0.0.0.0 --api-key-file key --cert cert.pem --key key.pem
+  wam serve runs/droid --dtype bfloat16 --compile       how the policy computes; ready when it is compiled
   wam serve runs/droid --clock steps --execute 8        clients that execute 8 actions of each plan
   wam serve runs/mine --name corner4=observation/image   the client's own name of a camera
   wam serve runs/droid --record recordings/monday        and later: wam replay recordings/monday --checkpoint runs/next
