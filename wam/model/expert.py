@@ -121,7 +121,7 @@ def run_both(
 
 def _meet(video: Callable[..., Any], action: Callable[..., Any], x_BLD: Tensor, x_BAE: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
     """Call one block inside the attention of the other, so that each stays a whole module call (sharding and hooks act on those)."""
-    apart = type(attend) if isinstance(attend, Uncompiled) else _as_it_is  # then neither block is compiled into the other
+    apart: Callable[[Attend], Attend] = Uncompiled if isinstance(attend, Uncompiled) else lambda own: own  # or one block would be compiled into the other
     videos: list[Tensor] = []
     actions: list[Tensor] = []
 
@@ -136,7 +136,3 @@ def _meet(video: Callable[..., Any], action: Callable[..., Any], x_BLD: Tensor, 
 
     x_BAE = action(x_BAE, apart(of_actions))
     return videos[0], x_BAE
-
-
-def _as_it_is(attend: Attend) -> Attend:
-    return attend
