@@ -300,7 +300,7 @@ class Executor:
         fresh, promised = actions[max(0, robot.now - origin) :], None if ahead else robot.queue
         before = [*robot.sent, *kept[-MAX_HISTORY:]][-MAX_HISTORY:]
         passed = self._through_the_gate(robot, fresh, np.stack(before) if before else None, promised, (robot.now - pending.start) / self.gate.control_hz)
-        robot.next_plan = self._next(robot, pending.start if self.loop.execution.time == "unaligned" and pending.overlaps else origin)
+        robot.next_plan = self._next(robot, pending, origin)
         if passed is None:
             return
         if before and len(passed):
@@ -323,15 +323,15 @@ class Executor:
         robot.tally.gate.update(passed.interventions)
         return passed.actions
 
-    def _next(self, robot: Robot, origin: int) -> int:
-        """When the plan after one that counts from `origin` is to be asked for."""
+    def _next(self, robot: Robot, pending: Pending, origin: int) -> int:
+        """When the plan after this one is to be asked for."""
         execution = self.loop.execution
         if execution.time == "ahead":
             return origin
         if execution.time == "synchronous":
             return robot.now + self.loop.replan
         period = max(self.stride, min(self.loop.replan, self.horizon - self.expected_delay(robot)) // self.stride * self.stride)
-        return max(robot.now, origin + period)
+        return max(robot.now, (pending.start if pending.overlaps else robot.now) + period)
 
     # ------------------------------------------------------------------------------------------ predict and check
 
