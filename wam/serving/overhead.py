@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -214,7 +215,7 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return p50, p95, p99
 
 
-class _Served:
+class _Served(ABC):
     """A server on a loop in a thread of its own, at a port that is free."""
 
     port = 0
@@ -241,8 +242,9 @@ class _Served:
         self.port = port
         self._up.set()
 
+    @abstractmethod
     async def _run(self) -> None:
-        raise NotImplementedError
+        """Listen, say so (`_listening`), and serve until `_stopping`."""
 
 
 class _Timed(PolicyServer):
